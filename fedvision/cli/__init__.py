@@ -1,0 +1,1 @@
+"""The command line of ``fedvision``: one module a group of commands."""

@@ -1,0 +1,84 @@
+"""``fedvision``: the entry point, and what every command does about errors."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedvision import __version__
+from fedvision.cli import compare, data, init, simulate
+from fedvision.errors import FedvisionError
+
+HELP = """Federated learning for medical imaging: simulate a federation of hospitals on this machine.
+
+Start with [bold]fedvision simulate --demo[/], which needs no data. With your own data:
+
+  [bold]fedvision data import[/]   make a data set for each site from your files
+  [bold]fedvision data check[/]    find what would break training
+  [bold]fedvision init[/]          write a commented job file
+  [bold]fedvision simulate[/]      run the federation; ends with a report
+  [bold]fedvision compare[/]       local-only, pooled and federated training side by side
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(data.app, name="data")
+app.command("init")(init.init)
+app.command("simulate")(simulate.simulate)
+app.command("report")(simulate.report)
+app.command("compare")(compare.compare)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    0: done. 2: wrong input or a run that cannot go on; one line says why. 130: stopped by Ctrl-C.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        status = app(args=argv, standalone_mode=False, prog_name="fedvision")
+        return int(status or 0)
+    except FedvisionError as error:
+        console.print(f"fedvision: error: {error}", markup=False, style="red")
+        if error.hint:
+            console.print(f"hint: {error.hint}", markup=False)
+        return error.exit_code
+    except typer.Abort:
+        console.print("fedvision: stopped", markup=False)
+        return 130
+    except KeyboardInterrupt:
+        console.print("fedvision: stopped", markup=False)
+        return 130
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            return error.exit_code
+        raise
+
+
+def run() -> None:
+    """Entry point of the installed script."""
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Run a job's ServerApp and ClientApp on Flower's simulation engine (Ray), and leave nothing behind.
+
+The sites run in worker processes that Flower's engine keeps between messages, so network and decoded
+cases stay warm. Ray's own folder is a temporary one that goes with the run; no telemetry is sent.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import psutil
+
+from fedvision.config import Job
+from fedvision.errors import FedvisionError, RoundError, Stopped
+
+if TYPE_CHECKING:
+    from fedvision_server.round import Cohort, Observer
+    from fedvision_sites.work import SiteConfig
+
+logger = logging.getLogger(__name__)
+SCRATCH_PREFIX = "fedvision-ray-"
+OBJECT_STORE_BYTES = 1 << 30
+
+
+def choose_parallel(num_sites: int, num_cpus: int) -> tuple[int, int]:
+    """Return how many sites train at a time, and with how many CPU threads each.
+
+    One site a core is fastest, because threads inside a site do not scale perfectly; but the number
+    should divide the number of sites, or the last ones train alone while the other cores wait.
+    """
+    for parallel in range(min(num_sites, num_cpus), 0, -1):
+        if num_sites % parallel == 0 or num_sites >= 4 * parallel:
+            return parallel, max(1, num_cpus // parallel)
+    return 1, num_cpus
+
+
+def run_on_flower(
+    job: Job,
+    folder: Path,
+    cohort: "Cohort",
+    configs: Sequence["SiteConfig"],
+    observe: "Observer",
+    parallel: int,
+) -> None:
+    """Run a job with Flower's simulation engine until it is done, fails, or Ctrl-C is pressed.
+
+    Args:
+        job: The job, without paths.
+        folder: The run folder.
+        cohort: Who does what.
+        configs: One a site.
+        observe: Is shown every event, from the server's thread.
+        parallel: How many sites work at a time.
+
+    Raises:
+        Stopped: Ctrl-C; what was finished is on disk.
+        FedvisionError: What the server raised.
+    """
+    _quiet_environment()
+    _remove_stale_scratch()
+    import torch
+    from flwr.simulation import run_simulation
+
+    from fedvision_server.app import create_app as create_server_app
+    from fedvision_sites.app import create_app as create_site_app
+
+    for name in ("flwr", "ray"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    stop = threading.Event()
+    gpus = torch.cuda.device_count()
+    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-", dir="/tmp"))
+    backend = {
+        "init_args": {
+            "num_cpus": parallel,
+            "num_gpus": gpus,
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "logging_level": logging.CRITICAL,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": str(scratch),
+            "_node_ip_address": "127.0.0.1",
+        },
+        "client_resources": {"num_cpus": 1, "num_gpus": gpus / parallel if gpus else 0.0},
+    }
+    server = create_server_app(job, folder, cohort, observe, stop, len(configs), window=2 * parallel)
+    try:
+        with _stop_on_signal(stop):
+            run_simulation(server, create_site_app(configs), len(configs), backend_config=backend)
+    except FedvisionError:
+        raise
+    except RuntimeError as error:
+        if stop.is_set():
+            raise Stopped("stopped") from None
+        raise RoundError(f"Flower's simulation engine failed: {error}") from error
+    finally:
+        _end_workers()
+        shutil.rmtree(scratch, ignore_errors=True)
+    if stop.is_set():
+        raise Stopped("stopped")
+
+
+def _quiet_environment() -> None:
+    """Switch off every request to an outside host and the noise; must come before the imports."""
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+
+
+def _remove_stale_scratch() -> None:
+    """Remove Ray folders of our own earlier runs that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+        owner = path.name.removeprefix(SCRATCH_PREFIX).split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)) and path.stat().st_uid == os.getuid():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _end_workers() -> None:
+    """Kill what is left of the engine's processes, children of this one only."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ray" in " ".join(child.cmdline()):
+                child.kill()
+
+
+@contextlib.contextmanager
+def _stop_on_signal(stop: threading.Event) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into a clean stop; sites in the middle of training are not waited for."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        threading.Thread(target=_end_site_workers, daemon=True).start()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_site_workers() -> None:
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ClientAppActor" in " ".join(child.cmdline()):
+                child.kill()

@@ -1,0 +1,76 @@
+"""Judge a model on a site's cases: sums of statistics, and bootstrap resamples of them by patient."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedvision.config import Job
+from fedvision.data.manifest import Case
+from fedvision.data.readers import CaseStore, Sample
+from fedvision.seeds import derive_seed
+from fedvision.tasks import CaseResult, task_module
+from fedvision.training.loop import autocast
+
+
+def evaluate(
+    network: nn.Module,
+    job: Job,
+    store: CaseStore,
+    cases: Sequence[Case],
+    device: torch.device,
+    is_final: bool,
+) -> Iterator[tuple[Sample, CaseResult]]:
+    """Predict and judge the cases one after the other; nothing is kept, so memory stays flat.
+
+    Args:
+        network: On ``device``.
+        job: What is judged, and how.
+        store: Reads the cases.
+        cases: Which.
+        device: Where to compute.
+        is_final: Every metric, surface distances included.
+    """
+    task = task_module(job)
+    network.eval()
+    with torch.inference_mode(), autocast(job, device):
+        for case in cases:
+            sample = store.load(case)
+            yield sample, task.evaluate_case(network, sample, job, device, is_final)
+
+
+def resample_patients(
+    statistics: NDArray[np.float64], patients: Sequence[str], resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """Add up statistics over all cases, and over bootstrap resamples of the patients.
+
+    A patient is drawn with all of their cases (cluster bootstrap), because cases of one patient are not
+    independent. Row b of several sites added up is a resample of the pooled patients, stratified by site.
+
+    Args:
+        statistics: Shape (N, S), one row a case.
+        patients: The patient of each case.
+        resamples: Number of resamples B, >= 0.
+        seed: Of the draws.
+
+    Returns:
+        Shape (1 + B, S); row 0 is the plain sum.
+    """
+    names = sorted(set(patients))
+    member = np.array([[p == name for name in names] for p in patients], dtype=np.float64).reshape(
+        -1, len(names)
+    )
+    by_patient = member.T @ statistics
+    rng = np.random.default_rng(seed)
+    counts = np.ones((1 + resamples, len(names)))
+    if names:
+        draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+        counts[1:] = draws
+    return counts @ by_patient
+
+
+def bootstrap_seed(job: Job, site: str) -> int:
+    """Return the seed of a site's resamples."""
+    return derive_seed(job.seed, "bootstrap", site)

@@ -1,0 +1,1 @@
+"""The messages between server and sites, and how they become Flower records."""

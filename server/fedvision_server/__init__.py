@@ -1,0 +1,1 @@
+"""What runs at the coordinator: leads the rounds, adds up updates, keeps the state of the run."""
