@@ -133,13 +133,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
-    """Write named arrays and text metadata as one safetensors file, atomically.
+    """Write named arrays and text metadata as one safetensors file, atomically; same content, same bytes.
 
     Raises:
         StorageError: The disk is full or the folder is not writable.
     """
     whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    write_atomic(path, safetensors_bytes(whole, dict(metadata)))
+    # One key only: the library writes several in an order that changes from process to process.
+    packed = {"fedvision": json.dumps(dict(sorted(metadata.items())))}
+    write_atomic(path, safetensors_bytes(whole, packed))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
@@ -154,6 +156,6 @@ def load_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            return tensors, dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
+            return tensors, dict(json.loads((file.metadata() or {}).get("fedvision", "{}")))
+    except (OSError, ValueError, SafetensorError) as error:
         raise StorageError(f"cannot read {path}: {error}") from error

@@ -1,5 +1,8 @@
 """Writes run folders with plausible numbers, so that reports can be tested without training."""
 
+import io
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,9 @@ import numpy as np
 from PIL import Image
 
 from fedvision.config import Job, dump_job, parse_job
-from fedvision.storage import append_line, save_tensors, write_atomic, write_json, write_text
+from fedvision.storage import save_tensors, write_atomic, write_json, write_text
+
+Lines = dict[Path, list[dict[str, Any]]]
 
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 DATE = "2025-03-14T09:12:00+00:00"
@@ -81,8 +86,6 @@ def _metrics(job: Job, level: float, rng: np.random.Generator, final: bool) -> d
 
 def _picture(seed: int) -> bytes:
     """Return a small PNG, in the place of an overlay."""
-    import io
-
     pixels = np.random.default_rng(seed).integers(0, 40, (60, 160, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")
@@ -109,23 +112,22 @@ def write_run(
     }
     offset |= dict.fromkeys(held_out, -0.06)
     best = -1.0
+    lines: Lines = defaultdict(list)
     for number in range(1, rounds + 1):
         level = 0.9 - 0.55 * np.exp(-0.45 * number)
         refused = sites[2] if number == 3 and len(sites) > 2 else None
         for k, site in enumerate(sites):
-            _train(folder, job, site, number, k, reason if site == refused else "", rng)
+            _train(lines, folder, job, site, number, k, reason if site == refused else "", rng)
         validation = {
             site: _metrics(job, level + offset[site] + rng.normal(0, 0.012), rng, False) for site in sites
         }
         for site, metrics in validation.items():
-            append_line(
-                folder / "rounds.jsonl",
+            lines[folder / "rounds.jsonl"].append(
                 {"event": "validate", "round": number, "site": site, "num_cases": 8, "metrics": metrics},
             )
         mean = float(np.mean([m[headline] for m in validation.values()]))
         worst = min(sites, key=lambda site: validation[site][headline] or 0.0)
-        append_line(
-            folder / "rounds.jsonl",
+        lines[folder / "rounds.jsonl"].append(
             {
                 "event": "round",
                 "round": number,
@@ -142,12 +144,21 @@ def write_run(
         )
         best = max(best, mean)
     if tested and rounds:
-        _test(folder, job, sites, held_out, offset, headline, rng)
+        _test(lines, folder, job, sites, held_out, offset, headline, rng)
+    for path, records in lines.items():
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return folder
 
 
 def _train(
-    folder: Path, job: Job, site: str, number: int, place: int, reason: str, rng: np.random.Generator
+    lines: Lines,
+    folder: Path,
+    job: Job,
+    site: str,
+    number: int,
+    place: int,
+    reason: str,
+    rng: np.random.Generator,
 ) -> None:
     loss = 0.22 + 0.03 * (place % 5) + 0.7 * np.exp(-0.4 * number) + 0.01 * rng.random()
     norm = (14.0 + 2 * (place % 4)) * number**-0.55 * job.aggregation.clip_norm / 10
@@ -163,10 +174,9 @@ def _train(
         "train_loss": loss,
         "seconds": 6.0 + place % 7,
     }
-    append_line(folder / "rounds.jsonl", line)
+    lines[folder / "rounds.jsonl"].append(line)
     if "/" not in site:
-        append_line(
-            folder / "sites" / site / "log.jsonl",
+        lines[folder / "sites" / site / "log.jsonl"].append(
             {
                 "round": number,
                 "norm_before": norm,
@@ -181,6 +191,7 @@ def _train(
 
 
 def _test(
+    lines: Lines,
     folder: Path,
     job: Job,
     sites: tuple[str, ...],
@@ -205,13 +216,12 @@ def _test(
         }
         if "/" in site:
             continue
-        for rank in ("best", "median", "worst"):
+        for rank in ("best", "median", "worst") if len(results) <= 12 else ():
             path = folder / "sites" / site / "examples" / f"{rank}.png"
             if not path.exists():
                 write_atomic(path, _picture(place))
         for case in range(3):
-            append_line(
-                folder / "sites" / site / "test-cases.jsonl",
+            lines[folder / "sites" / site / "test-cases.jsonl"].append(
                 {
                     "case": f"c{case}",
                     "patient": f"p{case}",

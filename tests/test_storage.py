@@ -54,6 +54,9 @@ def test_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     value = np.arange(6, dtype=np.float32).reshape(2, 3)
     storage.save_tensors(path, {"a": value.T}, {"round": "3"})
+    again = tmp_path / "again.safetensors"
+    storage.save_tensors(again, {"a": value.T}, {"round": "3"})
+    assert again.read_bytes() == path.read_bytes()
     tensors, metadata = storage.load_tensors(path)
     assert np.array_equal(tensors["a"], value.T)
     assert metadata == {"round": "3"}

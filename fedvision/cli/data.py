@@ -22,8 +22,8 @@ IMPORT_HELP = """Make a manifest for each site from images and labels in a layou
 
 FORMAT says how SOURCE, your data set, is laid out:
 
-[bold]msd[/]     Medical Segmentation Decathlon or nnU-Net: dataset.json, imagesTr, labelsTr
-[bold]masks[/]   folders images/ and labels/ (or masks/) side by side, equal names; 2D or 3D
+[bold]msd[/]     Medical Segmentation Decathlon or nnU-Net, with dataset.json
+[bold]masks[/]   folders images/ and labels/ (or masks/), equal names; 2D or 3D
 [bold]dsb[/]     Data Science Bowl 2018: a folder a case, masks/ with a file an object
 [bold]coco[/]    COCO JSON, one file or one a split
 [bold]voc[/]     Pascal VOC: Annotations/*.xml, JPEGImages, ImageSets
@@ -224,7 +224,9 @@ def check(
     findings = check_sites(manifests, parsed)
     num_errors = sum(one.level == "error" for one in findings)
     if findings:
-        table = Table("", "site", "case", "what", box=None, pad_edge=False)
+        table = Table("", "site", box=None, pad_edge=False)
+        table.add_column("case", overflow="fold")
+        table.add_column("what", overflow="fold")
         for one in findings[:SHOWN_FINDINGS]:
             colour = "red" if one.level == "error" else "yellow"
             hint = f"\n[dim]{escape(one.hint)}[/]" if one.hint else ""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedvision.config import Job
-from fedvision.data.images import RawCase, read_raw, spacing_of
+from fedvision.data.images import RawCase, read_raw, spacing_of, verify_checksum
 from fedvision.data.manifest import Case, Manifest
 from fedvision.data.progress import tracked
 from fedvision.errors import DataError, FedvisionError
@@ -68,6 +68,8 @@ def read_facts(manifest: Manifest, case: Case, job: Job | None = None) -> CaseFa
         job: If given, the case is also preprocessed as the job asks, to see whether that works.
     """
     try:
+        for name in (*case.image, *case.label):
+            verify_checksum(manifest.path(name))
         raw = read_raw(manifest, case)
         if job is not None and np.isfinite(raw.image).all():
             from fedvision.data.readers import read_case

@@ -7,6 +7,7 @@ Rules:
 """
 
 import functools
+import gzip
 import logging
 import threading
 import warnings
@@ -216,6 +217,24 @@ def _one_line(error: BaseException) -> str:
     """Return the first line of an exception's text, or its class."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def verify_checksum(path: Path) -> None:
+    """Raise ``DataError`` if a gzipped file is not what was packed.
+
+    The reader of volumes stops before the checksum at the end of the file, so a flipped byte would pass
+    as an intensity. This reads the file once more, to the end; other formats check themselves.
+    """
+    if not path.name.endswith(".gz"):
+        return
+    try:
+        with gzip.open(path) as file:
+            while file.read(1 << 20):
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: damaged: {_one_line(error)}", "copy the file again from its origin"
+        ) from None
 
 
 def drop_opaque_alpha(array: NDArray[Any]) -> NDArray[Any]:

@@ -47,9 +47,8 @@ def resampled_size(
 
 
 def resample_image(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    """Interpolate a float image (C, *S) linearly to ``size``."""
-    mode = "bilinear" if len(size) == 2 else "trilinear"
-    return interpolate(image[None], size=size, mode=mode, align_corners=False)[0]
+    """Interpolate a float volume (C, *S) linearly to ``size``."""
+    return interpolate(image[None], size=size, mode="trilinear", align_corners=False)[0]
 
 
 def resample_label(label: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
@@ -57,16 +56,19 @@ def resample_label(label: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     return interpolate(label[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(torch.uint8)
 
 
-def _zscore(channel: NDArray[np.float64]) -> NDArray[np.float64]:
-    centred = channel - channel.mean()
-    deviation = centred.std()
-    return centred / deviation if deviation > 1e-6 * np.abs(channel).max() else np.zeros_like(channel)
+def _zscore(channel: NDArray[np.float32]) -> NDArray[np.float32]:
+    # Sums in double precision: a volume has more voxels than single precision can count.
+    centred = channel - np.float32(channel.mean(dtype=np.float64))
+    deviation = float(centred.std(dtype=np.float64))
+    if deviation <= 1e-6 * float(np.abs(channel).max()):
+        return np.zeros_like(channel)
+    return centred / np.float32(deviation)
 
 
-def _to_unit(channel: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+def _to_unit(channel: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
     if high - low <= 1e-6 * max(abs(low), abs(high)):
         return np.zeros_like(channel)
-    return np.clip((channel - low) / (high - low), 0.0, 1.0)
+    return np.clip((channel - np.float32(low)) / np.float32(high - low), np.float32(0), np.float32(1))
 
 
 def normalise_intensity(
@@ -87,25 +89,24 @@ def normalise_intensity(
     Raises:
         DataError: ``unit`` and the file holds floats outside 0..1, so that its range is unknown.
     """
-    channels = image.astype(np.float64)
+    channels = [channel.astype(np.float32) for channel in image]
     if settings.intensity == "zscore":
-        channels = np.stack([_zscore(channel) for channel in channels])
+        channels = [_zscore(channel) for channel in channels]
     elif settings.intensity == "percentile":
-        bounds = [np.percentile(channel, (1.0, 99.5)) for channel in channels]
-        channels = np.stack([_to_unit(c, low, high) for c, (low, high) in zip(channels, bounds, strict=True)])
+        channels = [_to_unit(channel, *np.percentile(channel, (1.0, 99.5))) for channel in channels]
     elif settings.intensity == "window":
         assert settings.window is not None, "the job file gives the window with the mode"
-        channels = _to_unit(channels, *settings.window)
-    elif dtype.kind in "ui":
-        limits = np.iinfo(dtype)
-        channels = (channels - limits.min) / (float(limits.max) - limits.min)
-    elif channels.min() < 0 or channels.max() > 1:
+        low, high = settings.window
+        channels = [_to_unit(channel, low, high) for channel in channels]
+    elif dtype.kind in "bui":
+        limits = (0.0, 1.0) if dtype.kind == "b" else (float(np.iinfo(dtype).min), float(np.iinfo(dtype).max))
+        channels = [_to_unit(channel, *limits) for channel in channels]
+    elif min(channel.min() for channel in channels) < 0 or max(channel.max() for channel in channels) > 1:
         raise DataError(
-            'intensity = "unit" needs integers, or floats in 0..1, '
-            f"got {channels.min():g} to {channels.max():g}",
+            f'intensity = "unit" needs integers, or floats in 0..1, got {image.min():g} to {image.max():g}',
             'use "zscore" or "percentile"',
         )
-    return channels.astype(np.float32)
+    return np.stack(channels)
 
 
 def apply_user_transform(

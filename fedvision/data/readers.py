@@ -100,7 +100,7 @@ def _read_boxes(manifest: Manifest, case: Case, shape: tuple[int, ...]) -> tuple
 
 
 def _resample(sample: Sample, wanted: tuple[float, ...], case: Case) -> Sample:
-    """Bring a sample to about the wanted voxel size; ``spacing_mm`` is what the whole voxels came to."""
+    """Bring a volume to about the wanted voxel size; ``spacing_mm`` is what the whole voxels came to."""
     shape = tuple(sample.image.shape[1:])
     size = resampled_size(shape, sample.spacing_mm, wanted)
     if size == shape:
@@ -111,8 +111,6 @@ def _resample(sample: Sample, wanted: tuple[float, ...], case: Case) -> Sample:
             "is the spacing in its header right? compare preprocessing.spacing_mm",
         )
     factors = torch.tensor([new / old for new, old in zip(size, shape, strict=True)])
-    if len(shape) == 2:
-        factors = factors.flip(0)
     return replace(
         sample,
         image=resample_image(sample.image, size),

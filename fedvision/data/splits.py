@@ -37,7 +37,7 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) != 3 or min(values) < 0 or values[0] == 0 or abs(sum(values) - 1) > 1e-6:
+    if len(values) != 3 or min(values) < 0 or values[0] == 0 or not abs(sum(values) - 1) <= 1e-6:
         raise ConfigError(
             f"fractions must be three numbers with sum 1 for train, val and test, got {text!r}",
             "for example --fractions 0.7,0.1,0.2",
@@ -46,8 +46,7 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
 
 
 def _shuffled(patients: Iterable[str], seed: int, purpose: str) -> list[str]:
-    unique = sorted(set(patients))
-    return sorted(unique, key=lambda patient: (derive_seed(seed, purpose, patient), patient))
+    return sorted(set(patients), key=lambda patient: (derive_seed(seed, purpose, patient), patient))
 
 
 def _counts(total: int, fractions: Sequence[float]) -> list[int]:
@@ -61,6 +60,9 @@ def _counts(total: int, fractions: Sequence[float]) -> list[int]:
         if fraction > 0 and counts[k] == 0 and counts[largest] > 1:
             counts[largest] -= 1
             counts[k] += 1
+    if counts[0] == 0 < fractions[0]:
+        counts[counts.index(max(counts))] -= 1
+        counts[0] += 1
     return counts
 
 
@@ -68,8 +70,7 @@ def split_patients(patients: Iterable[str], fractions: Sequence[float], seed: in
     """Divide patients into train, val and test.
 
     Guarantee: every patient is in exactly one split; the sizes are within one patient of the fractions,
-    except that a split with a fraction > 0 gets a patient whenever there are enough, and a lone patient
-    trains.
+    except that a split with a fraction > 0 gets a patient whenever there are enough, train first.
 
     Args:
         patients: Names, repeats allowed.
@@ -77,8 +78,6 @@ def split_patients(patients: Iterable[str], fractions: Sequence[float], seed: in
         seed: Another seed gives another division.
     """
     ordered = _shuffled(patients, seed, "split")
-    if len(ordered) == 1:
-        return {ordered[0]: "train"}
     names: list[Split] = []
     for split, count in zip(SPLITS, _counts(len(ordered), fractions), strict=True):
         names += [split] * count

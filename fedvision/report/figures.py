@@ -5,6 +5,7 @@ spread over sites and points at the worst one. The run folder keeps PNG files of
 report draws the same figures as SVG in both themes.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,7 +182,7 @@ def save_record_figures(record: RunRecord) -> dict[str, Path]:
     """Draw the figures of a run that was read already, see ``save_figures``."""
     saved: dict[str, Path] = {}
     for name, draw in FIGURES.items():
-        content = render(lambda theme, draw=draw: draw(record, theme), LIGHT, "png")  # type: ignore[misc]
+        content = render(functools.partial(draw, record), LIGHT, "png")
         if content is not None:
             saved[name] = record.folder / "figures" / f"{name}.png"
             write_atomic(saved[name], content)

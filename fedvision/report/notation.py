@@ -81,14 +81,11 @@ def interval_text(interval: object, name: str) -> str:
     return f"{metric_text(interval[0], name)} to {metric_text(interval[1], name)}"
 
 
-def number_text(value: object, digits: int = 3) -> str:
-    """Return a number with ``digits`` significant digits, a dash where it is undefined."""
-    if not is_number(value):
-        return MISSING
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        magnitude = math.floor(math.log10(abs(value))) if value else 0
-        return f"{value:,.{max(digits - 1 - magnitude, 0)}f}"
-    return f"{value:.{digits - 1}e}"
+def aligned_texts(values: Sequence[object]) -> list[str]:
+    """Return numbers with the same decimals: two significant digits of the smallest, at most 4 decimals."""
+    sizes = [abs(value) for value in values if is_number(value) and value != 0]
+    decimals = min(max(1 - math.floor(math.log10(min(sizes))), 0), 4) if sizes else 0
+    return [f"{value:,.{decimals}f}" if is_number(value) else MISSING for value in values]
 
 
 def duration_text(seconds: object) -> str:

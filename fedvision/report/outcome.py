@@ -56,7 +56,7 @@ def results_figure(record: RunRecord, theme: Theme) -> "Figure | None":
             hatch="////" if held_out else None,
             linewidth=1.2,
         )
-        note = "worst of the training sites" if site == worst and not held_out else ""
+        note = "worst site" if site == worst and not held_out else ""
         note = "held out: took no part in training" if held_out else note
         _interval(
             axes, row, value, results[site]["intervals"].get(record.headline), note, record.headline, theme

@@ -1,5 +1,6 @@
 """``report.html``: a run on one page that stands alone. Also of a run that is not finished."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,9 +229,7 @@ def _score(
 
 def _figure(record: RunRecord, name: str, description: str) -> Markup:
     """Return a figure in both themes, nothing where the run has no data for it."""
-    light, dark = (
-        render(lambda theme: FIGURES[name](record, theme), theme, "svg") for theme in (LIGHT, DARK)
-    )
+    light, dark = (render(functools.partial(FIGURES[name], record), theme, "svg") for theme in (LIGHT, DARK))
     if light is None or dark is None:
         return Markup()
     return themed_picture(description, light, dark)

@@ -8,6 +8,7 @@ from fedvision.config import dump_job
 from fedvision.report.markup import Column, Markup, details, joined, section, table, tag
 from fedvision.report.notation import (
     MISSING,
+    aligned_texts,
     counted,
     duration_text,
     false_positives,
@@ -17,7 +18,6 @@ from fedvision.report.notation import (
     metric_explained,
     metric_label,
     metric_text,
-    number_text,
     rate_label,
     split_metric,
 )
@@ -178,6 +178,13 @@ def clipping_words(record: RunRecord) -> str:
 def rounds_table(record: RunRecord) -> Markup:
     """Return who took part in every round, what was refused and why, and what came out."""
     numbers = sorted(set(record.rounds) | set(record.train))
+    norms = dict(
+        zip(
+            record.rounds,
+            aligned_texts([entry.get("update_norm") for entry in record.rounds.values()]),
+            strict=True,
+        )
+    )
     absences = {number: _absences(record, number) for number in numbers}
     columns = [
         Column("Round"),
@@ -199,7 +206,7 @@ def rounds_table(record: RunRecord) -> Markup:
                 tag("span", number, kept, class_="site"),
                 _took_part(record, number),
                 *([absences[number]] if any(absences.values()) else []),
-                number_text(found.get("update_norm")) if found else tag("span", "not finished", class_="bad"),
+                norms[number] if found else tag("span", "not finished", class_="bad"),
                 metric_text(mean, record.headline),
                 metric_text(lowest, record.headline),
                 worst,
@@ -305,12 +312,12 @@ def reproduce_section(record: RunRecord) -> Markup:
     )
 
 
-def _environment_rows(environment: Record, prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Return the recorded environment as names and values, nested names joined by a space."""
+def _environment_rows(environment: Record) -> Iterable[tuple[str, str]]:
+    """Return the recorded environment as names and values, flat."""
     for key, value in environment.items():
-        name = f"{prefix} {key}".strip().replace("_", " ")
+        name = key.replace("_", " ")
         if isinstance(value, dict):
-            yield from _environment_rows(value, "")
+            yield from _environment_rows(value)
         elif key.endswith("_bytes") and is_number(value):
             yield name.removesuffix(" bytes"), f"{value / 2**30:.1f} GiB"
         else:

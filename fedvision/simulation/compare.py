@@ -176,9 +176,9 @@ def budget_text(job: Job, num_sites: int) -> str:
         f"{job.training.steps} steps" if job.training.steps is not None else f"{job.training.epochs:g} epochs"
     )
     return (
-        f"{job.rounds} rounds of {length} at each of {num_sites} sites, batch {job.training.batch_size}; a local "
-        f"model takes its own site's steps, the pooled model as many as all sites together; same initial weights, "
-        f"same splits, best round chosen on validation cases"
+        f"{job.rounds} rounds of {length} at each of {num_sites} sites, batch {job.training.batch_size}; "
+        f"a local model takes its own site's steps, the pooled model as many as all sites together; "
+        f"same initial weights, same splits, best round chosen on validation cases"
     )
 
 

@@ -5,10 +5,12 @@ cases stay warm. Ray's own folder is a temporary one that goes with the run; no 
 """
 
 import contextlib
+import io
 import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -113,7 +115,7 @@ def _quiet_environment() -> None:
     os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    os.environ["RAY_worker_niceness"] = "0"  # training is the main work here, not a background task
 
 
 def _remove_stale_scratch() -> None:
@@ -138,15 +140,18 @@ def _stop_on_signal(stop: threading.Event) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
+        sys.stdout = io.StringIO()  # Ray reports there every worker that ends
         threading.Thread(target=_end_site_workers, daemon=True).start()
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    stdout = sys.stdout
     try:
         yield
     finally:
+        sys.stdout = stdout
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -191,34 +191,40 @@ def resolutions(output: Any, dims: int) -> list[torch.Tensor]:
         ModelError: It is something else.
     """
     if isinstance(output, torch.Tensor):
-        if output.ndim == dims + 3:
-            return list(output.unbind(1))
-        output = [output]
-    if not (
-        isinstance(output, list | tuple)
-        and output
-        and all(isinstance(part, torch.Tensor) and part.ndim == dims + 2 for part in output)
-    ):
+        parts = list(output.unbind(1)) if output.ndim == dims + 3 else [output]
+    else:
+        parts = list(output) if isinstance(output, list | tuple) else []
+    if not parts or not all(isinstance(part, torch.Tensor) and part.ndim == dims + 2 for part in parts):
+        found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ModelError(
-            "the network must return logits of shape (batch, classes + 1, *patch), or a list of such, got "
-            + (f"a tensor with {output[0].ndim} axes" if isinstance(output, list) else type(output).__name__)
+            "the network must return logits of shape (batch, classes + 1, *patch), or a list of such, "
+            f"got {found}"
         )
-    return list(output)
+    return parts
 
 
-def _without_data(network: nn.Module) -> nn.Module:
-    """Return a copy whose tensors are on the meta device: shapes without data, and no memory for them."""
+def _without_data(network: nn.Module) -> nn.Module | None:
+    """Return a copy whose tensors are on the meta device: shapes without data, and no memory for them.
+
+    None if the network cannot be copied: a user's that holds an open file, say, or a trained one that keeps
+    tensors with a gradient history, as MONAI's DynUNet does under deep supervision.
+    """
     # Given as the memo of deepcopy, these stand in for the tensors, which are then not copied.
     # torch.func.functional_call is no way: it leaves modules that are registered twice (DynUNet) broken.
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in network.parameters()
     }
     memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in network.buffers()}
-    return copy.deepcopy(network, memo)
+    try:
+        return copy.deepcopy(network, memo)
+    except _MISFIT:
+        return None
 
 
-def _misfit(network: nn.Module, job: Job, size: tuple[int, ...], device: str = "meta") -> str:
+def _misfit(network: nn.Module | None, job: Job, size: tuple[int, ...], device: str = "meta") -> str:
     """Say why an input of ``size`` does not go through to logits on the same grid; "" if it does."""
+    if network is None:
+        return "the network cannot be copied"
     shape = (job.training.batch_size, job.task.in_channels, *size)
     wanted = (job.training.batch_size, len(job.task.classes) + 1, *size)
     try:
@@ -241,13 +247,19 @@ def _patch_hint(job: Job, patch: tuple[int, ...]) -> str:
     for multiple in (2, 4, 8, 16, 32, 64):
         near = tuple(multiple * math.ceil(size / multiple) for size in patch)
         try:
-            with torch.device("meta"):
+            with torch.random.fork_rng(devices=[]):
                 network = _construct(_with_training(job, patch_size=near))
         except ModelError:
             continue
-        if not _misfit(network, job, near):
+        if not _misfit(_without_data(network), job, near):
             return f"training.patch_size = {list(near)} works; multiples of {multiple} do"
     return ""
+
+
+# Copies without data of the networks that were built here, made while they could be copied.
+_TRIALS: weakref.WeakKeyDictionary[nn.Module, nn.Module | None] = weakref.WeakKeyDictionary()
+# Found once for each network: the dry runs take some tens of milliseconds.
+_STEPS: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
 
 
 def build_network_by_name(job: Job) -> nn.Module:
@@ -272,7 +284,8 @@ def build_network_by_name(job: Job) -> nn.Module:
         # MONAI's UNETR looks at the patch when it is built.
         hint = "" if is_own or error.hint else _patch_hint(job, patch)
         raise ModelError(str(error), error.hint or hint) from error
-    reason = _misfit(_without_data(network), job, patch)
+    trial = _TRIALS[network] = _without_data(network)
+    reason = _misfit(trial, job, patch)
     if reason and is_own:
         # It may do what a tensor without data cannot, such as ask for a value: one forward pass with zeros.
         network.eval()
@@ -286,10 +299,6 @@ def build_network_by_name(job: Job) -> nn.Module:
     return network
 
 
-# Found once for each network: the dry runs take some tens of milliseconds.
-_STEPS: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
-
-
 def size_step(network: nn.Module, job: Job) -> int | None:
     """Return the smallest power of two by which an input may be larger than the patch along every axis.
 
@@ -301,8 +310,9 @@ def size_step(network: nn.Module, job: Job) -> int | None:
         1 to 64, or None for a network that takes only the patch (UNETR).
     """
     if network not in _STEPS:
-        trial = _without_data(network)
-        patch = job.training.patch_size
+        if network not in _TRIALS:
+            _TRIALS[network] = _without_data(network)
+        trial, patch = _TRIALS[network], job.training.patch_size
         assert patch is not None, "the job file gives a patch for segmentation"
         steps = (2**power for power in range(7))
         fitting = (s for s in steps if not _misfit(trial, job, tuple(size + s for size in patch)))

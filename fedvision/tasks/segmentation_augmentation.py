@@ -123,27 +123,26 @@ def crop(sample: Sample, job: Job, rng: np.random.Generator) -> tuple[torch.Tens
 def turn(
     image: torch.Tensor, label: torch.Tensor, spacing_mm: tuple[float, ...], rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flip each axis with probability 1/2, and turn by 0, 90, 180 or 270 degrees in planes that allow it.
+    """Mirror a crop, and turn a picture, to an orientation that real images have as well.
 
-    A plane allows it if the patch has as many voxels along both of its axes and they are of one size.
+    A picture, 2D, has no up: each axis is flipped with probability 1/2, and it is turned by 0, 90, 180 or 270
+    degrees if patch and pixels are square. A volume has: it is read in anatomical orientation, so only its
+    first axis, from left to right, is flipped.
 
     Args:
         image: Shape (C, *P).
         label: Shape P.
         spacing_mm: Voxel size along each axis.
-        rng: Draws as many numbers for every image of one patch and spacing.
+        rng: Where the numbers come from.
     """
     dims = label.ndim
     # Counted from the end, an axis has the same number in the image and in the mask.
-    axes = [axis - dims for axis in range(dims) if rng.random() < 0.5]
+    axes = [axis - dims for axis in range(2 if dims == 2 else 1) if rng.random() < 0.5]
     if axes:
         image, label = image.flip(axes), label.flip(axes)
-    for first in range(dims):
-        for second in range(first + 1, dims):
-            same_size = abs(spacing_mm[first] / spacing_mm[second] - 1) < 0.01
-            if label.shape[first] == label.shape[second] and same_size:
-                times, plane = int(rng.integers(4)), (first - dims, second - dims)
-                image, label = image.rot90(times, plane), label.rot90(times, plane)
+    if dims == 2 and label.shape[0] == label.shape[1] and abs(spacing_mm[0] / spacing_mm[1] - 1) < 0.01:
+        times = int(rng.integers(4))
+        image, label = image.rot90(times, (-2, -1)), label.rot90(times, (-2, -1))
     return image, label
 
 
