@@ -129,7 +129,8 @@ class TrainingSection(Section):
     )
     augmentation: Literal["none", "light", "strong"] = Field(
         "light",
-        description="light: flips, right-angle turns, intensity; strong: also zoom, noise, blur, contrast",
+        description="light: flips, right-angle turns (volumes: left-right flips only), intensity; "
+        "strong: also zoom, noise, blur, contrast; none where a class names a side",
     )
     amp: Literal["off", "bf16", "fp16"] = Field("off", description="mixed precision; fp16 needs a GPU")
 

@@ -1,7 +1,12 @@
 """``fedvision``: the entry point, and what every command does about errors."""
 
+import os
 import sys
 from typing import Annotated
+
+# Before torch is imported anywhere. Threads that wait for each other by spinning make training many
+# times slower as soon as another program wants a core; sleeping instead costs almost nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 from rich.console import Console
@@ -30,7 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.command("init")(init.init)
-app.command("simulate")(simulate.simulate)
+app.command("simulate", epilog=simulate.EPILOG)(simulate.simulate)
 app.command("report")(simulate.report)
 app.command("compare")(compare.compare)
 

@@ -20,7 +20,7 @@ def compare(
     job_file: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The federated job.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the runs [default: runs/NAME-compare].", show_default=False),
+        typer.Option(help="Folder for the runs (default: runs/NAME-compare).", show_default=False),
     ] = None,
     check: Annotated[bool, typer.Option(help="Read every file before the first round.")] = True,
 ) -> None:

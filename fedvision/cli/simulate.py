@@ -10,13 +10,11 @@ from rich.console import Console
 from fedvision.config import Job, load_job
 from fedvision.errors import ConfigError, RoundError, Stopped, StorageError
 
-EPILOG = """Examples:
+EPILOG = """[bold]fedvision simulate --demo[/]  a federation on generated images, a few minutes
 
-  fedvision simulate --demo                     a federation on generated images, about five minutes
+[bold]fedvision simulate job.toml[/]  your job; the run folder is runs/NAME-TIME
 
-  fedvision simulate job.toml                   your job; the run folder is runs/NAME-TIME
-
-  fedvision simulate --resume runs/nuclei-1     go on after a crash, a kill or Ctrl-C
+[bold]fedvision simulate --resume runs/nuclei-1[/]  go on after a crash, a kill or Ctrl-C
 """
 
 
@@ -26,7 +24,7 @@ def simulate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The run folder to make [default: runs/NAME-TIME].", show_default=False),
+        typer.Option(help="The run folder to make (default: runs/NAME-TIME).", show_default=False),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with this run, to the same weights.")
@@ -36,7 +34,7 @@ def simulate(
         typer.Option("--demo", help="Generate images and run a segmentation and a detection job on them."),
     ] = False,
     parallel_sites: Annotated[
-        int | None, typer.Option(min=1, help="Sites that train at a time [default: by cores and sites].")
+        int | None, typer.Option(min=1, help="Sites that train at a time (default: by cores and sites).")
     ] = None,
     check: Annotated[bool, typer.Option(help="Read every file before the first round.")] = True,
 ) -> None:
@@ -52,14 +50,19 @@ def simulate(
             "give exactly one of JOB.toml, --resume RUN and --demo", "see `fedvision simulate --help`"
         )
     if demo:
+        from fedvision.report.joint import write_joint_report
         from fedvision.simulation.demo import demo_jobs
 
         folder = out or Path("demo")
         if folder.exists() and any(folder.iterdir()):
             raise StorageError(f"{folder} is not empty", "choose another folder with --out")
+        runs = []
         for path in demo_jobs(folder):
             job = load_job(path)
-            run_job_file(job, folder / "runs" / job.name, console, parallel_sites, check)
+            runs.append(folder / "runs" / job.name)
+            console.print(f"[bold]{job.name}[/]")
+            run_job_file(job, runs[-1], console, parallel_sites, check)
+        typer.echo(f"report: {write_joint_report('fedvision demo: two federations', runs, folder)}")
         return
     if resume is not None:
         resume_run(resume, console, check)
@@ -67,9 +70,6 @@ def simulate(
     assert job_file is not None
     job = load_job(job_file)
     run_job_file(job, out or default_folder(job), console, parallel_sites, check)
-
-
-simulate.__doc__ = f"{simulate.__doc__}\n\n{EPILOG}"
 
 
 def default_folder(job: Job) -> Path:

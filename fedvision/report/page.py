@@ -84,7 +84,7 @@ def report_html(record: RunRecord) -> str:
         _learning(record),
         _results(record),
         _clipping(record),
-        _examples(record),
+        single_cases(record),
         _rounds(record),
         privacy_section(record, record.num_parameters()),
         reproduce_section(record),
@@ -283,7 +283,7 @@ def _clipping(record: RunRecord) -> Markup:
     return section("What clipping did", figure, tag("p", note, class_="note"), intro=clipping_words(record))
 
 
-def _examples(record: RunRecord) -> Markup:
+def single_cases(record: RunRecord) -> Markup:
     """Return the sites' pictures of their worst, median and best test case, the worst site's unfolded."""
     pictures: dict[str, list[Path]] = {}
     for site, folder in record.site_folders.items():

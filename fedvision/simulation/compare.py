@@ -4,8 +4,9 @@ Every baseline is a run of its own in the same code: a site alone is a federatio
 federation of one site that holds all data. All start from the same weights, restart the optimiser every
 round, choose their best round on validation cases, and are judged on the same test cases.
 
-Budget: a site takes the same steps alone as it takes in the federation; pooled takes as many as all
-sites together. Baselines are not clipped.
+Budget: every model is trained for the steps that one site takes in the federation. A second pooled
+model takes as many steps as all sites together, in one long sequence that no federation has; it bounds
+what the data can give. Baselines are not clipped.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ class Contender:
 
 
 def contenders(job: Job) -> list[Contender]:
-    """Return the federated run, the pooled one, and one for each site alone."""
+    """Return the federated run, the two pooled ones, and one for each site alone."""
     plan = make_plan(job)
     sites = plan.cohort.train
     everything = plan.parallel * plan.threads
@@ -49,15 +50,9 @@ def contenders(job: Job) -> list[Contender]:
     pooled_data = dict(plan.data)
     pooled_data[POOLED] = tuple(folder for site in sites for folder in plan.data[site])
     pooled_cohort = dataclasses.replace(plan.cohort, train=(POOLED,))
-    rows.append(
-        Contender(
-            "pooled",
-            "pooled",
-            None,
-            Plan(baseline_job(job, len(sites)), pooled_data, pooled_cohort, 1, everything),
-            "one-process",
-        )
-    )
+    for name, times in (("pooled", 1), (f"pooled-x{len(sites)}", len(sites))):
+        pooled_plan = Plan(baseline_job(job, len(sites), times), pooled_data, pooled_cohort, 1, everything)
+        rows.append(Contender(name, "pooled", None, pooled_plan, "one-process"))
     for site in sites:
         alone = dataclasses.replace(plan.cohort, train=(site,), validate=(site,))
         rows.append(
@@ -65,18 +60,26 @@ def contenders(job: Job) -> list[Contender]:
                 f"local-{site}",
                 "local",
                 site,
-                Plan(baseline_job(job, 1), plan.data, alone, 1, everything),
+                Plan(baseline_job(job, 1, 1), plan.data, alone, 1, everything),
                 "one-process",
             )
         )
     return rows
 
 
-def baseline_job(job: Job, times: int) -> Job:
-    """Return the job of a baseline: not clipped, no quorum, ``times`` as many steps a round."""
+def baseline_job(job: Job, num_sites: int, times: int) -> Job:
+    """Return the job of a baseline: not clipped, no quorum.
+
+    Args:
+        job: The federated job.
+        num_sites: Whose data the baseline trains on.
+        times: How many sites' steps it takes a round.
+    """
     training = job.training
     if training.steps is not None:
         training = training.model_copy(update={"steps": training.steps * times})
+    elif training.epochs is not None:
+        training = training.model_copy(update={"epochs": training.epochs * times / num_sites})
     aggregation = job.aggregation.model_copy(update={"clip_norm": UNCLIPPED_NORM, "min_sites": 1})
     return job.model_copy(update={"training": training, "aggregation": aggregation})
 
@@ -128,6 +131,7 @@ def collect(job: Job, rows: list[Contender], folder: Path) -> dict[str, Any]:
     """Return the comparison's numbers, read from the finished runs."""
     table: list[dict[str, Any]] = []
     headline = ""
+    num_sites = sum(row.kind == "local" for row in rows)
     for row in rows:
         run = folder / row.name
         test = read_json(run / "test.json")
@@ -162,9 +166,9 @@ def collect(job: Job, rows: list[Contender], folder: Path) -> dict[str, Any]:
             }
         )
     return {
-        "job": {"name": job.name, "task": job.task.kind, "rounds": job.rounds, "sites": len(rows) - 2},
+        "job": {"name": job.name, "task": job.task.kind, "rounds": job.rounds, "sites": num_sites},
         "headline": headline,
-        "budget": budget_text(job, len(rows) - 2),
+        "budget": budget_text(job, num_sites),
         "rows": table,
         "finding": finding(table, headline),
     }
@@ -177,7 +181,7 @@ def budget_text(job: Job, num_sites: int) -> str:
     )
     return (
         f"{job.rounds} rounds of {length} at each of {num_sites} sites, batch {job.training.batch_size}; "
-        f"a local model takes its own site's steps, the pooled model as many as all sites together; "
+        f"a local and the pooled model take one site's steps, pooled-x{num_sites} those of all in a row; "
         f"same initial weights, same splits, best round chosen on validation cases"
     )
 
@@ -187,11 +191,12 @@ def finding(table: list[dict[str, Any]], headline: str) -> str:
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for row in table:
         by_kind.setdefault(row["kind"], []).append(row)
-    federated, pooled = by_kind["federated"][0], by_kind["pooled"][0]
+    federated, pooled, longer = by_kind["federated"][0], by_kind["pooled"][0], by_kind["pooled"][1]
     text = (
         f"federated {headline} {federated['mean_site']:.3f} on the mean site, "
         f"pooled {pooled['mean_site']:.3f} ("
-        f"{100 * (federated['mean_site'] - pooled['mean_site']):+.1f} points)"
+        f"{100 * (federated['mean_site'] - pooled['mean_site']):+.1f} points; "
+        f"{longer['mean_site']:.3f} with the steps of all sites in a row)"
     )
     local = [row for row in by_kind.get("local", []) if row["mean_other_sites"] is not None]
     if local:

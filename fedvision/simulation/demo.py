@@ -11,15 +11,15 @@ from fedvision.storage import write_text
 SETTINGS: dict[Literal["segmentation", "detection"], dict[str, Any]] = {
     "segmentation": {
         "rounds": 6,
-        "model": {"name": "UNet", "args": {"channels": [16, 32, 64], "strides": [2, 2], "num_res_units": 1}},
+        "model": {"name": "UNet"},
         "training": {
             "steps": 20,
-            "batch_size": 4,
+            "batch_size": 2,
             "learning_rate": 3e-3,
             "learning_rate_schedule": "cosine",
-            "patch_size": [32, 32, 16],
+            "patch_size": [40, 48, 24],
         },
-        "aggregation": {"clip_norm": 10.0},
+        "aggregation": {"clip_norm": 20.0},
         "evaluation": {"every": 1},
     },
     "detection": {

@@ -115,7 +115,7 @@ def _quiet_environment() -> None:
     os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # training is the main work here, not a background task
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, Ray reads this name; not a background task
 
 
 def _remove_stale_scratch() -> None:

@@ -313,7 +313,7 @@ def _volume_retinanet(job: Job, args: dict[str, Any]) -> nn.Module:
     )
     if kind == "light":
         for head in (network.classification_head, network.regression_head):
-            head.conv = convolution_tower(3, features.out_channels, 2)
+            head.conv = convolution_tower(3, network.feature_map_channels, 2)
     network.register_forward_hook(_cast_output)
     detector = RetinaNetDetector(network, anchors)
     detector.set_atss_matcher(**{key: args.pop(key, value) for key, value in matching.items()})

@@ -115,9 +115,8 @@ def training_loss(
         target = label_B1P
         if logits_BKP.shape[2:] != target.shape[2:]:
             target = functional.interpolate(target.float(), logits_BKP.shape[2:], mode="nearest-exact").long()
-        # Sums over many voxels in half precision would lose the loss: losses are computed in float32.
-        with torch.autocast(device.type, enabled=False):
-            loss = loss_of(logits_BKP.float(), target)
+        # Sums over many voxels in half precision would lose the loss.
+        loss = loss_of(logits_BKP.float(), target)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise ModelError(f"training.loss = {job.training.loss!r} must return a scalar tensor")
         total = total + loss.reshape(()) * 0.5**level

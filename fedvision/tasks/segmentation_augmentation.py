@@ -109,9 +109,8 @@ def crop(sample: Sample, job: Job, rng: np.random.Generator) -> tuple[torch.Tens
     if window != patch:
         mode = "bilinear" if len(patch) == 2 else "trilinear"
         image = functional.interpolate(image[None], size=patch, mode=mode, align_corners=False)[0]
-        label = functional.interpolate(label[None, None].float(), size=patch, mode="nearest-exact")[
-            0, 0
-        ].long()
+        values = functional.interpolate(label[None, None].float(), size=patch, mode="nearest-exact")
+        label = values[0, 0].long()
     if job.training.augmentation != "none":
         image, label = turn(image, label, sample.spacing_mm, rng)
         image = vary_intensity(image, rng)

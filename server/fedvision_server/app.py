@@ -1,7 +1,6 @@
 """The server's Flower ServerApp: carries ``round``'s requests over Flower's Grid."""
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from fedvision.wire.messages import (
 from fedvision.wire.records import MESSAGE_TYPES, pack, unpack
 from fedvision_server.round import Cohort, Observer, run_job
 
-POLL_S = 0.02
+FIRST_POLL_S, LAST_POLL_S = 0.01, 0.25
 
 
 class GridLink:
@@ -46,7 +45,7 @@ class GridLink:
     def nodes(self) -> list[int]:
         """Return the sites' addresses, once all of them are there."""
         while len(found := list(self._grid.get_node_ids())) < self._num_nodes:
-            self._wait()
+            self._wait(FIRST_POLL_S)
         return sorted(found)
 
     def ask(self, request: Request, nodes: Sequence[int]) -> Iterator[tuple[int, Reply]]:
@@ -54,6 +53,7 @@ class GridLink:
         content = pack(request)
         number = 0 if isinstance(request, HelloRequest) else request.round
         waiting, sent = list(nodes), dict[str, int]()
+        pause_s = FIRST_POLL_S
         while waiting or sent:
             while waiting and len(sent) < self._window:
                 node = waiting.pop(0)
@@ -64,13 +64,13 @@ class GridLink:
             for message in replies:
                 node = sent.pop(message.metadata.reply_to_message_id)
                 yield node, read_reply(message, request.job_digest, number)
+            pause_s = FIRST_POLL_S if replies else min(2 * pause_s, LAST_POLL_S)
             if not replies:
-                self._wait()
+                self._wait(pause_s)
 
-    def _wait(self) -> None:
-        if self._stop.is_set():
+    def _wait(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
             raise Stopped("stopped")
-        time.sleep(POLL_S)
 
 
 def read_reply(message: Message, job_digest: str, number: int) -> Reply:

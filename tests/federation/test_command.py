@@ -68,7 +68,8 @@ def test_a_run_that_is_stopped_or_killed_resumes_to_the_same_bytes(
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stderr is not None
-    assert "round 1/6" in process.stderr.readline()
+    while "round 1/6" not in (line := process.stderr.readline()):
+        assert line, "the run ended before its first round"
     os.killpg(process.pid, signal_number)
     _, errors = process.communicate(timeout=120)
     if signal_number == signal.SIGINT:
