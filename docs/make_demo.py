@@ -9,6 +9,7 @@ documentation was measured:
 """
 
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -97,8 +98,8 @@ def terminal_output(demo: Path) -> str:
         with Progress(load_job(run / "job.toml"), len(_training_sites(run)), console) as progress:
             for event in read_lines(run / "rounds.jsonl"):
                 progress.observe(event)
-        shown.append(f"{_printed(console)}\nreport: {SHOWN}/runs/demo-{kind}/report.html")
-    return fenced("\n".join(shown))
+        shown.append(f"demo-{kind}\n{_printed(console)}\nreport: {SHOWN}/runs/demo-{kind}/report.html")
+    return fenced("\n".join([*shown, f"report: {SHOWN}/report.html"]))
 
 
 def _printed(console: Console) -> str:
@@ -108,6 +109,22 @@ def _printed(console: Console) -> str:
 
 def _training_sites(run: Path) -> list[str]:
     return sorted({event["site"] for event in read_lines(run / "rounds.jsonl") if event["event"] == "train"})
+
+
+def data_table(demo: Path) -> str:
+    """Return what ``fedvision data show`` prints for the segmentation data."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = (demo / "data" / "segmentation" / "segmentation").resolve()
+        command = [sys.executable, "-m", "fedvision", "data", "show", str(root), "--out", "heads.png"]
+        printed = subprocess.run(  # noqa: S603, our own arguments
+            command,
+            check=True,
+            cwd=folder,
+            env={**os.environ, "COLUMNS": "110"},
+            capture_output=True,
+            text=True,
+        ).stdout
+    return fenced("\n".join(line.rstrip() for line in printed.splitlines()))
 
 
 def results(demo: Path) -> str:
@@ -142,6 +159,7 @@ def main(demo: Path, compared: Path | None) -> None:
     """Renew pictures and blocks; without a comparison its block stays as it is."""
     draw_images(demo)
     made: dict[str, Callable[[], str]] = {
+        "data-table": lambda: data_table(demo),
         "terminal-output": lambda: terminal_output(demo),
         "results": lambda: results(demo),
     }

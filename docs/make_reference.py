@@ -1,8 +1,8 @@
 """Write the generated parts of the reference from the code: python docs/make_reference.py [--check].
 
-A page in ``docs/reference`` holds text that people wrote, and blocks between ``<!-- generated: NAME -->``
-and ``<!-- end -->``. The blocks are made here from the models of the job file and of the manifest, and from
-the commands. ``--check`` changes nothing, and fails if a block is not what the code says.
+A page holds text that people wrote, and blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``. The
+blocks are made here from the models of the job file and of the manifest, from the commands, and from the
+messages of the demo. ``--check`` changes nothing, and fails if a block is not what the code says.
 """
 
 import inspect
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import click
+import numpy as np
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -23,10 +24,21 @@ from pydantic_core import PydanticUndefined
 
 from fedvision.cli.app import app
 from fedvision.cli.job_file import toml_value
-from fedvision.config import Job, Name, Reference
+from fedvision.config import Job, Name, Reference, parse_job
 from fedvision.data.manifest import Case, Manifest
+from fedvision.tasks import initial_network, local_names, task_module
+from fedvision.updates.layout import Layout, layout_of
+from fedvision.wire.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    HelloReply,
+    HelloRequest,
+    Refusal,
+    TrainReply,
+    TrainRequest,
+)
 
-REFERENCE = Path(__file__).parent / "reference"
+DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PLAIN = {str: "string", int: "integer", float: "number", bool: "`true` or `false`", Path: "path"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -235,10 +247,55 @@ def cli_commands() -> str:
     return "\n".join(parts).rstrip()
 
 
+def message_sizes() -> str:
+    """Return the size of every message of the demo's jobs, serialised as Flower sends it."""
+    from flwr.common.serde import recorddict_to_proto
+
+    from fedvision.data import demo_chests, demo_heads
+    from fedvision.simulation.demo import SETTINGS
+    from fedvision.wire.records import pack
+
+    sizes: dict[str, list[str]] = {}
+    tasks = {"segmentation": (3, demo_heads.CLASSES), "detection": (2, demo_chests.CLASSES)}
+    for kind, settings in SETTINGS.items():
+        dims, classes = tasks[kind]
+        task = {"kind": kind, "spatial_dims": dims, "in_channels": 1, "classes": list(classes)}
+        job = parse_job({"name": f"demo-{kind}", "task": task, **settings}, kind)
+        for name, message in _messages(job).items():
+            sizes.setdefault(name, []).append(f"{recorddict_to_proto(pack(message)).ByteSize():,}")
+        sizes.setdefault("*weights of the model*", []).append(f"{_layout(job).size:,}")
+    head = ("message", *(f"{kind} demo" for kind in SETTINGS))
+    return table(head, ([name, *cells] for name, cells in sizes.items()))
+
+
+def _layout(job: Job) -> Layout:
+    network = initial_network(job)
+    return layout_of(network, local_names(network, job))
+
+
+def _messages(job: Job) -> dict[str, Any]:
+    """Return one message of each kind, as a site named north with the demo's numbers of cases sends it."""
+    layout = _layout(job)
+    vector = np.zeros(layout.size, dtype=np.float32)
+    statistics = np.zeros((1 + job.evaluation.bootstrap, task_module(job).statistics_size(job)))
+    sent = (job.to_json(), job.digest(), layout.digest)
+    return {
+        "HelloRequest": HelloRequest(*sent),
+        "HelloReply": HelloReply(job.digest(), "north", 20, 4, 8),
+        "TrainRequest": TrainRequest(*sent, 1, vector),
+        "TrainReply": TrainReply(job.digest(), "north", 1, 20, 20, 0.5, 2.5, vector),
+        "EvaluateRequest": EvaluateRequest(*sent, 1, "val", False, vector),
+        "EvaluateReply, validation": EvaluateReply(job.digest(), "north", 1, "val", 4, 4, statistics[:1]),
+        "EvaluateReply, test": EvaluateReply(job.digest(), "north", 1, "test", 8, 7, statistics),
+        "Refusal": Refusal(job.digest(), "north", 1, "data"),
+    }
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "job-keys": job_keys,
     "manifest-keys": manifest_keys,
     "cli-commands": cli_commands,
+    "message-sizes": message_sizes,
 }
 
 
@@ -250,7 +307,7 @@ def made_again(text: str) -> str:
 def main(arguments: list[str]) -> int:
     """Write or check the pages; 0 if all is well, 1 if a page is out of date."""
     stale = []
-    for path in sorted(REFERENCE.glob("*.md")):
+    for path in sorted(DOCS.rglob("*.md")):
         text = path.read_text(encoding="utf-8")
         fresh = made_again(text)
         if fresh != text:

@@ -149,6 +149,13 @@ def test_a_false_positive_above_the_only_hit_halves_ap():
     assert metrics_of([([(elsewhere, 1, 0.9), (box, 1, 0.5)], [(box, 1)])], ("nodule",))["ap50"] == 0.5
 
 
+def test_a_hit_and_a_false_positive_of_one_score_count_as_evenly_mixed():
+    box, elsewhere = (0, 0, 10, 10), (50, 50, 60, 60)
+    found = [(box, 1, 0.5), (elsewhere, 1, 0.5)]
+    # Half a false positive is expected before the hit: the precision there is 1 / 1.5.
+    assert metrics_of([(found, [(box, 1)])], ("nodule",))["ap50"] == pytest.approx(2 / 3)
+
+
 def test_one_of_two_objects_found_gives_51_of_101_recall_points():
     box, other = (0, 0, 10, 10), (50, 50, 60, 60)
     assert metrics_of([([(box, 1, 0.9)], [(box, 1), (other, 1)])], ("nodule",))["ap50"] == pytest.approx(

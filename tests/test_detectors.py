@@ -140,7 +140,7 @@ def test_an_image_is_padded_to_the_largest_stride_and_boxes_stay_inside():
 @pytest.mark.parametrize(
     ("name", "size"), [("RetinaNet", (64, 64)), ("FasterRCNN", (64, 64)), ("RetinaNet", (32,) * 3)]
 )
-def test_under_autocast_boxes_and_losses_are_float32(name, size):
+def test_under_autocast_anchors_boxes_and_losses_are_float32(name, size):
     torch.manual_seed(0)
     detector = build_detector(make_job(name, size))
     image = torch.randn(3, *size)
@@ -148,10 +148,14 @@ def test_under_autocast_boxes_and_losses_are_float32(name, size):
     target = {"boxes": corner, "labels": torch.tensor([1])}
     torch.manual_seed(1)
     exact = detector([image], [target])
+    generator = next(m for n, m in detector.named_modules() if n.endswith("anchor_generator"))
+    anchors: list[torch.Tensor] = []
+    generator.register_forward_hook(lambda module, inputs, output: anchors.extend(output))
     torch.manual_seed(1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = detector([image], [target])
         found = detector.eval()([image])
+    assert len(anchors) == 2 and all(boxes.dtype == torch.float32 for boxes in anchors)
     assert all(loss.dtype == torch.float32 for loss in rough.values())
     assert found[0]["boxes"].dtype == found[0]["scores"].dtype == torch.float32
     for key, loss in exact.items():
@@ -167,6 +171,7 @@ def test_training_goes_on_after_predicting_in_inference_mode():
     detector.train()
     target = {"boxes": torch.tensor([[4.0, 4.0, 4.0, 12.0, 12.0, 12.0]]), "labels": torch.tensor([1])}
     sum(detector([image], [target]).values()).backward()
+    assert not detector.detector.anchors[0].is_inference()
 
 
 def test_default_anchors_grow_evenly_from_a_25th_of_the_image_or_three_strides():

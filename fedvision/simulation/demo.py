@@ -23,17 +23,17 @@ SETTINGS: dict[Literal["segmentation", "detection"], dict[str, Any]] = {
         "evaluation": {"every": 1},
     },
     "detection": {
-        "rounds": 6,
+        "rounds": 8,
         "model": {"name": "RetinaNet", "args": {"backbone": "light"}},
         "training": {
-            "steps": 25,
+            "steps": 20,
             "batch_size": 4,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "learning_rate_schedule": "cosine",
-            "image_size": [192, 192],
+            "image_size": [160, 160],
             "loss": "detector",
         },
-        "aggregation": {"clip_norm": 10.0},
+        "aggregation": {"clip_norm": 20.0},
         "evaluation": {"every": 2},
     },
 }

@@ -61,7 +61,7 @@ def bins_of(scores: NDArray[np.float32]) -> NDArray[np.int64]:
     Bins are of equal width in the mean of the score and its logit, the logit scaled so that -5 is 0 and 9
     is 1: fine both where a focal loss puts its scores (0.05 to 0.9) and next to 1, where a softmax does.
     Against the AP of the whole list, for detectors of four kinds of score distribution, the mean error is
-    below 0.002 from 200 objects of a class on, and up to 0.006 with 20 objects.
+    below 0.0025 from 200 objects of a class on, and up to 0.006 with 20 objects.
     """
     clipped = np.clip(scores.astype(np.float64), 1e-9, 1.0 - 1e-9)
     low, high = LOGIT_RANGE
