@@ -51,7 +51,7 @@ def compare(
 
     try:
         page = run_comparison(job, folder, watch)
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         raise Stopped("stopped; what was finished is kept", "run the same command again to go on") from None
     result = read_json(folder / "compare.json")
     Console().print(comparison_table(result))

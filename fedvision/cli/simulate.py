@@ -95,7 +95,9 @@ def resume_run(folder: Path, console: Console, check: bool) -> None:
     plan = resume_plan(folder)
     if (folder / "test.json").exists():
         console.print(f"{folder} is already finished", markup=False)
-    elif check:
+        report(folder)
+        return
+    if check:
         check_data(plan.job, console)
     _run(folder, console)
 

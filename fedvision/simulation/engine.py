@@ -32,12 +32,16 @@ SCRATCH_PREFIX = "fedvision-ray-"
 OBJECT_STORE_BYTES = 1 << 30
 
 
-def choose_parallel(num_sites: int, num_cpus: int) -> tuple[int, int]:
+def choose_parallel(num_sites: int, num_cpus: int, num_gpus: int) -> tuple[int, int]:
     """Return how many sites train at a time, and with how many CPU threads each.
 
-    One site a core is fastest, because threads inside a site do not scale perfectly; but the number
-    should divide the number of sites, or the last ones train alone while the other cores wait.
+    With GPUs: one site a GPU at a time, the sites take turns. Without: one site a core is fastest,
+    because threads inside a site do not scale perfectly; but the number should divide the number of
+    sites, or the last ones train alone while the other cores wait.
     """
+    if num_gpus:
+        parallel = min(num_sites, num_gpus, num_cpus)
+        return parallel, max(1, num_cpus // parallel)
     for parallel in range(min(num_sites, num_cpus), 0, -1):
         if num_sites % parallel == 0 or num_sites >= 4 * parallel:
             return parallel, max(1, num_cpus // parallel)

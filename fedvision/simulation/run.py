@@ -77,6 +77,8 @@ def make_plan(job: Job, parallel: int | None = None) -> Plan:
     Raises:
         ConfigError, DataError: See ``choose_sites``; or a site that trains has no training case.
     """
+    import torch
+
     from fedvision_server.round import Cohort
     from fedvision_sites.work import check_agrees
 
@@ -91,7 +93,7 @@ def make_plan(job: Job, parallel: int | None = None) -> Plan:
                 "leave it out of data.sites, or list it in data.held_out to test on it only",
             )
     cores = len(os.sched_getaffinity(0))
-    chosen, threads = choose_parallel(len(manifests), cores)
+    chosen, threads = choose_parallel(len(train), cores, torch.cuda.device_count())
     if parallel is not None:
         chosen, threads = min(parallel, len(manifests)), max(1, cores // parallel)
     data: dict[str, tuple[Path, ...]] = {name: (manifest.folder,) for name, manifest in manifests.items()}

@@ -139,18 +139,20 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_was_finished(tiny
 
 
 @pytest.mark.parametrize(
-    ("sites", "cores", "expected"),
+    ("sites", "cores", "gpus", "expected"),
     [
-        (4, 2, (2, 1)),
-        (3, 2, (1, 2)),
-        (1, 8, (1, 8)),
-        (4, 16, (4, 4)),
-        (64, 2, (2, 1)),
-        (9, 2, (2, 1)),
-        (5, 4, (1, 4)),
+        (4, 2, 0, (2, 1)),
+        (3, 2, 0, (1, 2)),
+        (1, 8, 0, (1, 8)),
+        (4, 16, 0, (4, 4)),
+        (64, 2, 0, (2, 1)),
+        (9, 2, 0, (2, 1)),
+        (5, 4, 0, (1, 4)),
+        (4, 16, 1, (1, 16)),
+        (4, 16, 2, (2, 8)),
     ],
 )
 def test_sites_share_the_cores_without_one_left_over(
-    sites: int, cores: int, expected: tuple[int, int]
+    sites: int, cores: int, gpus: int, expected: tuple[int, int]
 ) -> None:
-    assert choose_parallel(sites, cores) == expected
+    assert choose_parallel(sites, cores, gpus) == expected
