@@ -72,6 +72,7 @@ def run_on_flower(
     """
     _quiet_environment()
     _remove_stale_scratch()
+    import ray
     import torch
     from flwr.simulation import run_simulation
 
@@ -83,21 +84,22 @@ def run_on_flower(
     stop = threading.Event()
     gpus = torch.cuda.device_count()
     scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-", dir="/tmp"))
-    backend = {
-        "init_args": {
-            "num_cpus": parallel,
-            "num_gpus": gpus,
-            "include_dashboard": False,
-            "log_to_driver": False,
-            "logging_level": logging.CRITICAL,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": str(scratch),
-            "_node_ip_address": "127.0.0.1",
-        },
-        "client_resources": {"num_cpus": 1, "num_gpus": gpus / parallel if gpus else 0.0},
-    }
+    # A share above one GPU must be whole: three GPUs for two sites at a time give one each.
+    gpu_share = gpus // parallel if gpus >= parallel else gpus / parallel
+    backend = {"client_resources": {"num_cpus": 1, "num_gpus": gpu_share}}
     server = create_server_app(job, folder, cohort, observe, stop, len(configs), window=2 * parallel)
     try:
+        # Started here and not by Flower, so that our own signal handlers come after Ray's.
+        ray.init(
+            num_cpus=parallel,
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(scratch),
+            _node_ip_address="127.0.0.1",
+        )
         with _stop_on_signal(stop):
             run_simulation(server, create_site_app(configs), len(configs), backend_config=backend)
     except FedvisionError:
@@ -118,6 +120,7 @@ def _quiet_environment() -> None:
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the workers import what we can
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, Ray reads this name; not a background task
 

@@ -14,6 +14,7 @@ import psutil
 from fedvision.config import Job, dump_job, load_job
 from fedvision.data.manifest import Manifest, find_manifests
 from fedvision.errors import ConfigError, DataError, StorageError
+from fedvision.seeds import derive_seed
 from fedvision.simulation.engine import choose_parallel, run_on_flower
 from fedvision.simulation.one_process import LocalLink
 from fedvision.storage import read_json, read_lines, write_json, write_text
@@ -156,13 +157,24 @@ def resume_plan(folder: Path) -> Plan:
 
 
 def site_configs(plan: Plan, folder: Path) -> list["SiteConfig"]:
-    """Return the configuration of every site of a plan; its state lies in the run folder."""
+    """Return the configuration of every site of a plan; its state lies in the run folder.
+
+    A deployed site draws its resampling seed once, at random. Here it comes from the job's seed, so that
+    a simulation can be repeated to the last digit of its intervals.
+    """
     from fedvision_sites.work import SiteConfig
 
     memory = min(MAX_CACHE_BYTES, psutil.virtual_memory().available // 3)
     share = memory // (len(plan.data) * plan.parallel)
     return [
-        SiteConfig(name, data, (folder / "sites" / name).resolve(), plan.threads, share)
+        SiteConfig(
+            name,
+            data,
+            (folder / "sites" / name).resolve(),
+            plan.threads,
+            share,
+            derive_seed(plan.job.seed, "bootstrap", name),
+        )
         for name, data in plan.data.items()
     ]
 

@@ -10,7 +10,6 @@ from torch import nn
 from fedvision.config import Job
 from fedvision.data.manifest import Case
 from fedvision.data.readers import CaseStore, Sample
-from fedvision.seeds import derive_seed
 from fedvision.tasks import CaseResult, task_module
 from fedvision.training.loop import autocast
 
@@ -53,7 +52,8 @@ def resample_patients(
         statistics: Shape (N, S), one row a case.
         patients: The patient of each case.
         resamples: Number of resamples B, >= 0.
-        seed: Of the draws.
+        seed: Of the draws. Whoever knows it can solve the resamples for single patients, so it is the
+            site's own and never sent.
 
     Returns:
         Shape (1 + B, S); row 0 is the plain sum.
@@ -69,8 +69,3 @@ def resample_patients(
         draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
         counts[1:] = draws
     return counts @ by_patient
-
-
-def bootstrap_seed(job: Job, site: str) -> int:
-    """Return the seed of a site's resamples."""
-    return derive_seed(job.seed, "bootstrap", site)

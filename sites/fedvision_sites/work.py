@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from fedvision.data.readers import CaseStore, Sample
 from fedvision.errors import DataError, FedvisionError, MessageError
 from fedvision.storage import append_line, write_text
 from fedvision.tasks import CaseResult, initial_network, local_names, task_module
-from fedvision.training.evaluation import bootstrap_seed, evaluate, resample_patients
+from fedvision.training.evaluation import evaluate
 from fedvision.training.loop import train
 from fedvision.updates.layout import Layout, flatten, float_tensors, layout_of, load_vector
 from fedvision.wire.messages import (
@@ -39,7 +39,7 @@ from fedvision.wire.messages import (
     TrainReply,
     TrainRequest,
 )
-from fedvision_sites.release import release_update
+from fedvision_sites.release import release_statistics, release_update
 from fedvision_sites.state import load_local, save_local
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class SiteConfig:
         state: Folder of what it keeps, see ``fedvision_sites.state``.
         threads: CPU threads for training.
         cache_bytes: Memory for decoded cases.
+        resampling_seed: Draws the bootstrap resamples; the site's own, never sent.
     """
 
     name: str
@@ -62,6 +63,7 @@ class SiteConfig:
     state: Path
     threads: int
     cache_bytes: int
+    resampling_seed: int = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class Site:
             self._draw_examples(job, [cases[index] for _, index in sorted(scores)], judge)
         resamples = job.evaluation.bootstrap if request.is_final else 0
         patients = [case.patient for case in cases]
-        statistics = resample_patients(rows, patients, resamples, bootstrap_seed(job, self.config.name))
+        statistics = release_statistics(rows, patients, resamples, self.config.resampling_seed)
         return EvaluateReply(
             request.job_digest,
             self.config.name,

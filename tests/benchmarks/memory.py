@@ -76,7 +76,7 @@ def write_job(folder: Path, rounds: int) -> Path:
             "data": {"root": "sites"},
             "model": {
                 "name": "UNet",
-                "args": {"channels": [16, 32, 64, 160], "strides": [2, 2, 2], "num_res_units": 2},
+                "args": {"channels": [16, 32, 64, 272], "strides": [2, 2, 2], "num_res_units": 2},
             },
             "training": {"steps": 1, "batch_size": 2, "patch_size": [64, 64]},
             "aggregation": {"clip_norm": 10.0},
