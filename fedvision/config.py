@@ -130,7 +130,7 @@ class TrainingSection(Section):
     augmentation: Literal["none", "light", "strong"] = Field(
         "light",
         description="light: flips, right-angle turns (volumes: left-right flips only), intensity; "
-        "strong: also zoom, noise, blur, contrast; none where a class names a side",
+        "strong: also zoom, noise, blur, contrast; choose none where a class names a side",
     )
     amp: Literal["off", "bf16", "fp16"] = Field("off", description="mixed precision; fp16 needs a GPU")
 

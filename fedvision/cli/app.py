@@ -1,7 +1,9 @@
 """``fedvision``: the entry point, and what every command does about errors."""
 
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 # Before torch is imported anywhere. Threads that wait for each other by spinning make training many
@@ -35,9 +37,17 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.command("init")(init.init)
-app.command("simulate", epilog=simulate.EPILOG)(simulate.simulate)
-app.command("report")(simulate.report)
-app.command("compare")(compare.compare)
+
+
+def _help(command: Callable[..., None]) -> str:
+    """Return a docstring with each paragraph on one line, so that the terminal's width breaks it."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+app.command("simulate", help=_help(simulate.simulate), epilog=simulate.EPILOG)(simulate.simulate)
+app.command("report", help=_help(simulate.report))(simulate.report)
+app.command("compare", help=_help(compare.compare))(compare.compare)
 
 
 def _version(wanted: bool) -> None:

@@ -41,8 +41,8 @@ def simulate(
     """Run a federation of sites on this machine and write a report.
 
     Every site trains on its own images and sends a clipped update; the server averages them (FedAvg).
-    The same site and server code runs in a real federation. A GPU is shared between sites where there
-    is one.
+    The code of sites and server is the one that a deployment will run. Where there is a GPU, the sites
+    take turns on it.
     """
     console = Console(stderr=True, highlight=False)
     if sum(value is not None and value is not False for value in (job_file, resume, demo or None)) != 1:

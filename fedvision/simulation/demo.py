@@ -47,7 +47,7 @@ def demo_jobs(folder: Path, seed: int = 0) -> list[Path]:
     """
     paths = []
     for kind, settings in SETTINGS.items():
-        root = make_demo(folder / "data" / kind, kind, seed=seed)
+        root = make_demo(folder / "data", kind, seed=seed)
         path = folder / f"{kind}.toml"
         write_text(path, dump_job(demo_job(kind, root, settings)))
         paths.append(path)
