@@ -59,9 +59,9 @@ def resample_patients(
         Shape (1 + B, S); row 0 is the plain sum.
     """
     names = sorted(set(patients))
-    member = np.array([[p == name for name in names] for p in patients], dtype=np.float64).reshape(
-        -1, len(names)
-    )
+    member = np.zeros((len(patients), len(names)))
+    for row, patient in enumerate(patients):
+        member[row, names.index(patient)] = 1
     by_patient = member.T @ statistics
     rng = np.random.default_rng(seed)
     counts = np.ones((1 + resamples, len(names)))
