@@ -31,8 +31,8 @@ from torchvision.ops import MultiScaleRoIAlign, sigmoid_focal_loss
 
 from fedvision.config import Job
 from fedvision.errors import ModelError, TrainingError
-from fedvision.references import resolve_reference
 from fedvision.tasks.light_backbone import LightBackbone, convolution_tower, group_norm
+from fedvision.tasks.own_network import MISFIT, build_own_network
 
 Target = dict[str, torch.Tensor]
 
@@ -50,8 +50,6 @@ _RESERVED = {
     "anchor_generator", "proposal_matcher", "rpn_anchor_generator", "rpn_head", "box_roi_pool", "box_head",
     "box_predictor",
 }  # fmt: skip
-# What a constructor raises when an argument does not fit.
-_MISFIT = (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError)
 _SHARED = {"backbone", "returned_layers", "anchor_sizes", "aspect_ratios"}
 _LIGHT = {"width", "fpn_channels"}
 
@@ -116,15 +114,7 @@ def build_detector(job: Job) -> nn.Module:
     """
     name, dims, args = job.model.name, job.task.spatial_dims, dict(job.model.args)
     if ":" in name:
-        try:
-            own = resolve_reference(name)(job, **args)
-        except _MISFIT as error:
-            raise ModelError(
-                f"{name} failed: {type(error).__name__}: {error}", "it gets (job, **model.args)"
-            ) from error
-        if not isinstance(own, nn.Module):
-            raise ModelError(f"{name} must return a torch.nn.Module, got {type(own).__name__}")
-        return own
+        return build_own_network(job, args)
     if (name, dims) not in _BUILDERS:
         known = sorted(known_name for known_name, known_dims in _BUILDERS if known_dims == dims)
         raise ModelError(
@@ -133,7 +123,7 @@ def build_detector(job: Job) -> nn.Module:
         )
     try:
         return _BUILDERS[name, dims](job, args)
-    except _MISFIT as error:
+    except MISFIT as error:
         raise ModelError(f"model.args: {name} cannot be built: {error}") from error
 
 

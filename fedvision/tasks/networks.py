@@ -20,15 +20,13 @@ from torch import nn
 
 from fedvision.config import Job
 from fedvision.errors import ModelError
-from fedvision.references import resolve_reference
+from fedvision.tasks.own_network import MISFIT, build_own_network
 
 Args = dict[str, Any]
 
 _FILLED = {"spatial_dims": "task.spatial_dims", "in_channels": "task.in_channels",
            "out_channels": "task.classes", "img_size": "training.patch_size"}  # fmt: skip
 _INSTANCE = ("instance", {"affine": True})
-# What a constructor or a forward pass raises when an argument or a size does not fit.
-_MISFIT = (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError)
 
 
 def _depth(job: Job) -> int:
@@ -135,15 +133,7 @@ def _construct(job: Job) -> nn.Module:
     name, dims = job.model.name, job.task.spatial_dims
     given: Args = {key: _frozen(value) for key, value in job.model.args.items()}
     if ":" in name:
-        try:
-            own = resolve_reference(name)(job, **given)
-        except _MISFIT as error:
-            raise ModelError(
-                f"{name} failed: {type(error).__name__}: {error}", "it gets (job, **model.args)"
-            ) from error
-        if not isinstance(own, nn.Module):
-            raise ModelError(f"{name} must return a torch.nn.Module, got {type(own).__name__}")
-        return own
+        return build_own_network(job, given)
     if name not in NETWORKS:
         by_lower = {known.lower(): known for known in NETWORKS}
         nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
@@ -173,7 +163,7 @@ def _construct(job: Job) -> nn.Module:
     }
     try:
         network: nn.Module = kind(**{k: v for k, v in filled.items() if k in parameters}, **arguments)
-    except _MISFIT as error:
+    except MISFIT as error:
         raise ModelError(
             f"model.args: {name} cannot be built: {str(error) or type(error).__name__}"
         ) from error
@@ -217,7 +207,7 @@ def _without_data(network: nn.Module) -> nn.Module | None:
     memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in network.buffers()}
     try:
         return copy.deepcopy(network, memo)
-    except _MISFIT:
+    except MISFIT:
         return None
 
 
@@ -231,7 +221,7 @@ def _misfit(network: nn.Module | None, job: Job, size: tuple[int, ...], device: 
         with torch.no_grad():
             output = network(torch.zeros(shape, device=device))
         found = tuple(resolutions(output, len(size))[0].shape)
-    except _MISFIT as error:
+    except MISFIT as error:
         return str(error).strip().split("\n")[0] or type(error).__name__
     except ModelError as error:
         return str(error)
