@@ -152,7 +152,46 @@ class AggregationSection(Section):
         description="largest L2 norm of a site's update (local minus global weights); enforced at the site"
     )
     server_learning_rate: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on the mean update")
-    min_sites: PositiveInt = Field(1, description="a round with fewer accepted updates fails")
+    min_sites: PositiveInt = Field(
+        1,
+        description="a round with fewer accepted updates fails; with `secure` the smallest cohort counts too",
+    )
+    secure: bool = Field(
+        True,
+        description="secure aggregation: the server learns the sum of the updates and no single one; "
+        "needs three sites or more",
+    )
+
+
+class SecureAggregationSection(Section):
+    """What secure aggregation does beyond hiding single updates. Becomes part of the signed charter."""
+
+    level: Literal["auto", "sum", "sketch", "gram"] = Field(
+        "auto",
+        description="sum: the server learns the sum alone; sketch: each site also opens a random sketch of its "
+        "update, so that the clip norm is checked and a liar found; gram: only inner products of the sketches "
+        "are opened; auto: sum below 5 sites, sketch below 10, gram from 10",
+    )
+    smallest_cohort: Annotated[int, Field(ge=3, le=255)] = Field(
+        5,
+        description="a sum of fewer sites is refused by every site; below 5 a sum says much about each site, "
+        "so writing 3 or 4 is a waiver that the charter names",
+    )
+    weight_cap: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
+        None,
+        description="training cases above this add nothing to a site's weight; the simulation takes the largest "
+        "site's number when it is absent",
+    )
+    release: tuple[Literal["test"], ...] = Field(
+        ("test",),
+        description="what each site releases on its own, in the clear: test, its sums of test statistics after "
+        "the last round; without it only sums over all sites are known",
+    )
+    keep_sums: bool = Field(
+        True,
+        description="keep each round's sum in the run folder, so that `fedvision verify` can do the arithmetic "
+        "again; 4 bytes a weight and round",
+    )
 
 
 class EvaluationSection(Section):
@@ -185,6 +224,7 @@ class Job(Section):
     model: ModelSection
     training: TrainingSection
     aggregation: AggregationSection
+    secure_aggregation: SecureAggregationSection = SecureAggregationSection()
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")

@@ -58,6 +58,21 @@ class MessageError(FedvisionError):
     code = "message"
 
 
+class ProtocolError(FedvisionError):
+    """Another party broke a rule of secure aggregation, or asked to break one.
+
+    Args:
+        rule: Its short name, a constant of the code, such as ``smallest-cohort``; it may travel.
+        message: What is wrong.
+    """
+
+    code = "protocol"
+
+    def __init__(self, rule: str, message: str, hint: str = "") -> None:
+        super().__init__(f"{message} (rule {rule})", hint)
+        self.rule = rule
+
+
 class RoundError(FedvisionError):
     """A round cannot be finished, for example because too few sites answered."""
 

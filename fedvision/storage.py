@@ -35,7 +35,7 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
+def write_atomic(path: Path, content: bytes | memoryview, mode: int = 0o644) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the new one, nothing between.
 
     Args:

@@ -60,7 +60,7 @@ def tiny_content(root: Path, **changes: Any) -> dict[str, Any]:
         "data": {"root": str(root)},
         "model": {"name": "UNet", "args": {"channels": [4, 8], "strides": [2], "num_res_units": 0}},
         "training": {"steps": 2, "batch_size": 2, "patch_size": [SIZE, SIZE], "learning_rate": 0.01},
-        "aggregation": {"clip_norm": 5.0},
+        "aggregation": {"clip_norm": 5.0, "secure": False},
         "evaluation": {"bootstrap": 5},
     }
     for key, value in changes.items():
@@ -79,6 +79,11 @@ class Tiny:
     root: Path
     job: Job
 
+    def secure(self, level: str = "sum", **changes: Any) -> Job:
+        """Return the job with secure aggregation at a level, for the three sites."""
+        settings = {"aggregation__secure": True, "secure_aggregation__smallest_cohort": 3}
+        return self.changed(**settings, secure_aggregation__level=level, **changes)
+
     def changed(self, **changes: Any) -> Job:
         """Return the job with some keys changed, see ``tiny_content``."""
         return parse_job(tiny_content(self.root, **changes), "tiny")
@@ -86,7 +91,7 @@ class Tiny:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Tiny:
-    """Three sites a, b, c and a job of three rounds."""
+    """Three sites a, b, c and a job of three rounds, without secure aggregation."""
     root = tmp_path / "data"
     for name, counts in {"a": (4, 2, 2), "b": (6, 2, 3), "c": (3, 1, 2)}.items():
         write_site(root, name, counts)

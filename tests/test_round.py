@@ -1,7 +1,7 @@
 """The server against sites that lie, fail or stay away, over the real messages."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from fedvision.simulation.run import make_plan, site_configs
 from fedvision.storage import load_tensors, read_lines
 from fedvision.wire.messages import EvaluateReply, HelloReply, Refusal, Reply, Request, TrainReply
 from fedvision_server.aggregate import mean_site, worst_site
-from fedvision_server.round import Cohort, run_job
+from fedvision_server.federation import Cohort
+from fedvision_server.round import run_job
 
 Lie = Callable[[Reply], Reply]
 
@@ -28,8 +29,8 @@ class LyingLink:
     def nodes(self) -> list[int]:
         return self.link.nodes()
 
-    def ask(self, request: Request, nodes: Sequence[int]) -> Iterator[tuple[int, Reply]]:
-        for node, reply in self.link.ask(request, nodes):
+    def ask(self, requests: Mapping[int, Request]) -> Iterator[tuple[int, Reply]]:
+        for node, reply in self.link.ask(requests):
             yield node, self.lie(reply) if node == self.liar else reply
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from fedvision import __version__
-from fedvision.cli import compare, data, init, simulate
+from fedvision.cli import compare, data, init, keys, simulate
 from fedvision.errors import FedvisionError
 
 HELP = """Federated learning for medical imaging: simulate a federation of hospitals on this machine.
@@ -26,6 +26,7 @@ Start with [bold]fedvision simulate --demo[/], which needs no data. With your ow
   [bold]fedvision init[/]          write a commented job file
   [bold]fedvision simulate[/]      run the federation; ends with a report
   [bold]fedvision compare[/]       local-only, pooled and federated training side by side
+  [bold]fedvision keys[/]          identities, and the signed list of who takes part
 """
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data.app, name="data")
+app.add_typer(keys.app, name="keys")
 app.command("init")(init.init)
 
 

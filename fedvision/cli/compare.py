@@ -13,7 +13,7 @@ from fedvision.errors import Stopped
 
 if TYPE_CHECKING:
     from fedvision.simulation.run import Plan
-    from fedvision_server.round import Observer
+    from fedvision_server.federation import Observer
 
 
 def compare(

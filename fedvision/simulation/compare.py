@@ -23,7 +23,7 @@ from fedvision.simulation.run import Engine, Plan, make_plan, run_federation, st
 from fedvision.storage import read_json, read_lines, write_json
 
 if TYPE_CHECKING:
-    from fedvision_server.round import Observer
+    from fedvision_server.federation import Observer
 
 POOLED = "pooled"
 UNCLIPPED_NORM = 1000.0
@@ -68,7 +68,7 @@ def contenders(job: Job) -> list[Contender]:
 
 
 def baseline_job(job: Job, num_sites: int, times: int) -> Job:
-    """Return the job of a baseline: not clipped, no quorum.
+    """Return the job of a baseline: not clipped, no quorum, nothing to hide from a server.
 
     Args:
         job: The federated job.
@@ -80,7 +80,9 @@ def baseline_job(job: Job, num_sites: int, times: int) -> Job:
         training = training.model_copy(update={"steps": training.steps * times})
     elif training.epochs is not None:
         training = training.model_copy(update={"epochs": training.epochs * times / num_sites})
-    aggregation = job.aggregation.model_copy(update={"clip_norm": UNCLIPPED_NORM, "min_sites": 1})
+    aggregation = job.aggregation.model_copy(
+        update={"clip_norm": UNCLIPPED_NORM, "min_sites": 1, "secure": False}
+    )
     return job.model_copy(update={"training": training, "aggregation": aggregation})
 
 

@@ -20,6 +20,7 @@ SETTINGS: dict[Literal["segmentation", "detection"], dict[str, Any]] = {
             "patch_size": [40, 48, 24],
         },
         "aggregation": {"clip_norm": 20.0},
+        "secure_aggregation": {"smallest_cohort": 3},
         "evaluation": {"every": 1},
     },
     "detection": {
@@ -34,6 +35,7 @@ SETTINGS: dict[Literal["segmentation", "detection"], dict[str, Any]] = {
             "loss": "detector",
         },
         "aggregation": {"clip_norm": 20.0},
+        "secure_aggregation": {"smallest_cohort": 3},
         "evaluation": {"every": 2},
     },
 }

@@ -24,7 +24,8 @@ from fedvision.config import Job
 from fedvision.errors import FedvisionError, RoundError, Stopped
 
 if TYPE_CHECKING:
-    from fedvision_server.round import Cohort, Observer
+    from fedvision_server.federation import Cohort, Observer
+    from fedvision_server.secure import ServerKeys
     from fedvision_sites.work import SiteConfig
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def run_on_flower(
     configs: Sequence["SiteConfig"],
     observe: "Observer",
     parallel: int,
+    keys: "ServerKeys | None",
 ) -> None:
     """Run a job with Flower's simulation engine until it is done, fails, or Ctrl-C is pressed.
 
@@ -65,6 +67,7 @@ def run_on_flower(
         configs: One a site.
         observe: Is shown every event, from the server's thread.
         parallel: How many sites work at a time.
+        keys: The server's, for secure aggregation.
 
     Raises:
         Stopped: Ctrl-C; what was finished is on disk.
@@ -87,7 +90,7 @@ def run_on_flower(
     # A share above one GPU must be whole: three GPUs for two sites at a time give one each.
     gpu_share = gpus // parallel if gpus >= parallel else gpus / parallel
     backend = {"client_resources": {"num_cpus": 1, "num_gpus": gpu_share}}
-    server = create_server_app(job, folder, cohort, observe, stop, len(configs), window=2 * parallel)
+    server = create_server_app(job, folder, cohort, observe, stop, len(configs), 2 * parallel, keys)
     try:
         # Started here and not by Flower, so that our own signal handlers come after Ray's.
         ray.init(

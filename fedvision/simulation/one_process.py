@@ -3,10 +3,10 @@
 Requests are packed, unpacked and checked exactly as over Flower; only the transport is left out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedvision.wire.messages import EvaluateReply, HelloReply, Refusal, Reply, Request, TrainReply
+from fedvision.wire.messages import Reply, Request
 from fedvision.wire.records import pack, unpack
 
 if TYPE_CHECKING:
@@ -23,10 +23,9 @@ class LocalLink:
         """Return the sites' addresses."""
         return list(range(len(self._configs)))
 
-    def ask(self, request: Request, nodes: Sequence[int]) -> Iterator[tuple[int, Reply]]:
-        """Send ``request`` to ``nodes``; yield each reply. See ``fedvision_server.round.Link``."""
+    def ask(self, requests: Mapping[int, Request]) -> Iterator[tuple[int, Reply]]:
+        """Send each node its request; yield each reply. See ``fedvision_server.federation.Link``."""
         from fedvision_sites.app import answer
 
-        for node in nodes:
-            content = answer(self._configs[node], pack(request))
-            yield node, unpack(content, HelloReply | TrainReply | EvaluateReply | Refusal)
+        for node, request in requests.items():
+            yield node, unpack(answer(self._configs[node], pack(request)), Reply)

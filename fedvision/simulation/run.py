@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from fedvision.config import Job, dump_job, load_job
-from fedvision.data.manifest import Manifest, find_manifests
+from fedvision.data.manifest import Manifest, find_manifests, load_manifest
 from fedvision.errors import ConfigError, DataError, StorageError
 from fedvision.seeds import derive_seed
+from fedvision.simulation.consortium import check_size, make_consortium, server_keys, site_keys
 from fedvision.simulation.engine import choose_parallel, run_on_flower
 from fedvision.simulation.one_process import LocalLink
 from fedvision.storage import read_json, read_lines, write_json, write_text
 
 if TYPE_CHECKING:
-    from fedvision_server.round import Cohort, Observer
+    from fedvision_server.federation import Cohort, Observer
     from fedvision_sites.work import SiteConfig
 
 Engine = Literal["flower", "one-process"]
@@ -80,7 +81,7 @@ def make_plan(job: Job, parallel: int | None = None) -> Plan:
     """
     import torch
 
-    from fedvision_server.round import Cohort
+    from fedvision_server.federation import Cohort
     from fedvision_sites.work import check_agrees
 
     manifests = choose_sites(job)
@@ -93,6 +94,7 @@ def make_plan(job: Job, parallel: int | None = None) -> Plan:
                 f"site {name} has no training case: {manifest.folder}",
                 "leave it out of data.sites, or list it in data.held_out to test on it only",
             )
+    check_size(job, len(train))
     cores = len(os.sched_getaffinity(0))
     chosen, threads = choose_parallel(len(train), cores, torch.cuda.device_count())
     if parallel is not None:
@@ -174,6 +176,7 @@ def site_configs(plan: Plan, folder: Path) -> list["SiteConfig"]:
             plan.threads,
             share,
             derive_seed(plan.job.seed, "bootstrap", name),
+            site_keys(folder, name) if plan.job.aggregation.secure else None,
         )
         for name, data in plan.data.items()
     ]
@@ -192,13 +195,31 @@ def run_federation(plan: Plan, folder: Path, observe: "Observer", engine: Engine
         FedvisionError: What went wrong; what was finished is on disk.
     """
     job = plan.job.public()
+    keys = None
+    if job.aggregation.secure:
+        make_consortium(plan, weight_cap(plan), folder)
+        keys = server_keys(folder)
     configs = site_configs(plan, folder)
     if engine == "flower":
-        run_on_flower(job, folder, plan.cohort, configs, observe, plan.parallel)
+        run_on_flower(job, folder, plan.cohort, configs, observe, plan.parallel, keys)
     else:
         from fedvision_server.round import run_job
 
-        run_job(job, LocalLink(configs), folder, plan.cohort, observe)
+        run_job(job, LocalLink(configs), folder, plan.cohort, observe, keys)
+
+
+def weight_cap(plan: Plan) -> int:
+    """Return the number of cases from which a site's weight does not grow: the job's, or the largest site's.
+
+    A deployment must set it, because the largest site's number is that site's own business.
+    """
+    if plan.job.secure_aggregation.weight_cap is not None:
+        return plan.job.secure_aggregation.weight_cap
+    sizes = (
+        sum(len(load_manifest(part).in_split("train")) for part in plan.data[site])
+        for site in plan.cohort.train
+    )
+    return max(1, *sizes)
 
 
 def refusal_texts(folder: Path, sites: Sequence[str]) -> dict[str, str]:

@@ -69,3 +69,53 @@ def resample_patients(
         draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
         counts[1:] = draws
     return counts @ by_patient
+
+
+def judgement_values(statistics: NDArray[np.float64], job: Job) -> NDArray[np.float64]:
+    """Return what a site adds to a secure sum: its statistics, its own metrics, and which are defined.
+
+    The metrics are there because a mean over sites cannot be had from pooled statistics.
+
+    Args:
+        statistics: Shape (R, S), see ``resample_patients``.
+        job: Says which metrics there are.
+
+    Returns:
+        Shape (R * (S + 2 M),): all statistics, then M metrics a row (0 where undefined), then M ones and
+        zeros a row.
+    """
+    names = metric_names(job)
+    found = [task_module(job).metrics(row, job) for row in statistics]
+    values = np.array([[row[name] for name in names] for row in found]).reshape(len(statistics), len(names))
+    defined = ~np.isnan(values)
+    parts = (statistics.ravel(), np.where(defined, values, 0.0).ravel(), defined.ravel().astype(np.float64))
+    return np.concatenate(parts)
+
+
+def split_judgement(
+    values: NDArray[np.float64], num_rows: int, job: Job
+) -> tuple[NDArray[np.float64], list[dict[str, float]]]:
+    """Return pooled statistics, shape (R, S), and each row's mean over sites, from added-up values.
+
+    Args:
+        values: Sum over sites of ``judgement_values``.
+        num_rows: R.
+        job: As there.
+    """
+    names, size = metric_names(job), task_module(job).statistics_size(job)
+    statistics = values[: num_rows * size].reshape(num_rows, size)
+    sums, counts = values[num_rows * size :].reshape(2, num_rows, len(names))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = np.where(counts > 0.5, sums / counts, np.nan)
+    return statistics, [dict(zip(names, map(float, row), strict=True)) for row in means]
+
+
+def judgement_size(num_rows: int, job: Job) -> int:
+    """Return the length of ``judgement_values``."""
+    return num_rows * (task_module(job).statistics_size(job) + 2 * len(metric_names(job)))
+
+
+def metric_names(job: Job) -> tuple[str, ...]:
+    """Return the names of a job's metrics, sorted; they do not depend on data."""
+    task = task_module(job)
+    return tuple(sorted(task.metrics(np.zeros(task.statistics_size(job)), job)))

@@ -112,3 +112,8 @@ def load_vector(network: nn.Module, layout: Layout, vector: FloatVector) -> None
     with torch.no_grad():
         for name, part in layout.split(vector).items():
             tensors[name].copy_(torch.from_numpy(np.array(part)))
+
+
+def model_digest(weights: FloatVector) -> bytes:
+    """Return the SHA-256 of a flat model, little-endian float32: what names a model to all parties."""
+    return hashlib.sha256(np.ascontiguousarray(weights, "<f4").data.cast("B")).digest()

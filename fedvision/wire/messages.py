@@ -6,7 +6,13 @@
     site -> server   TrainReply        the clipped update and its weight
     server -> site   EvaluateRequest   weights to judge on one split
     site -> server   EvaluateReply     sums of statistics over the site's cases, and bootstrap resamples
+    server -> site   SecureRequest     a step of secure aggregation
+    site -> server   SecureReply       its answer; a masked input goes beside it
     site -> server   Refusal           the site did not do it; a code, never a text
+
+With secure aggregation ``TrainRequest`` and ``EvaluateRequest`` carry an ``offer``, and are answered by a
+``SecureReply`` whose body says "ready": the numbers stay at the site until they are masked. A
+``HelloReply`` then says of each split only whether the site has cases in it.
 
 Rules:
 - Every message is bound to a job by its digest, and to a round.
@@ -24,37 +30,56 @@ from fedvision.errors import MessageError
 from fedvision.updates.layout import FloatVector
 
 Split = Literal["val", "test"]
+Step = Literal["enrolled", "ready", "mask", "beacon", "sketch", "hold", "accept", "unmask", "dispute", "open"]
+ByteVector = NDArray[np.uint8]
 MAX_CASES = 10_000_000
 
 
 @dataclass(frozen=True)
 class HelloRequest:
-    """Ask a site for its name and whether it can run the job."""
+    """Ask a site for its name and whether it can run the job.
+
+    Attributes:
+        documents: The encoded ``secagg.messages.Documents``, uint8; empty without secure aggregation.
+    """
 
     job_json: str
     job_digest: str
     layout_digest: str
+    documents: ByteVector = field(repr=False)
 
 
 @dataclass(frozen=True)
 class HelloReply:
-    """A site's answer: its name and its number of cases in each split."""
+    """A site's answer: its name and its number of cases in each split.
+
+    With secure aggregation the numbers are 1 or 0, whether there is any case, and ``enrolment`` is the
+    encoded, signed ``secagg.messages.Enrolment`` of a site that trains.
+    """
 
     job_digest: str
     site: str
     num_train: int
     num_val: int
     num_test: int
+    enrolment: ByteVector = field(repr=False)
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The global weights to train from in ``round`` (1 is the first)."""
+    """The global weights to train from in ``round`` (1 is the first).
+
+    Attributes:
+        charter: SHA-256 of the charter in hexadecimal, "" without secure aggregation.
+        offer: The signed ``secagg.messages.Offer``, uint8; empty without secure aggregation.
+    """
 
     job_json: str
     job_digest: str
     layout_digest: str
     round: int
+    charter: str
+    offer: ByteVector = field(repr=False)
     weights: FloatVector = field(repr=False)
 
 
@@ -74,7 +99,10 @@ class TrainReply:
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Weights to judge on ``split``; ``is_final`` asks for every metric, intervals and example pictures."""
+    """Weights to judge on ``split``; ``is_final`` asks for every metric, intervals and example pictures.
+
+    ``charter`` and ``offer`` are as in ``TrainRequest``.
+    """
 
     job_json: str
     job_digest: str
@@ -82,6 +110,8 @@ class EvaluateRequest:
     round: int
     split: Split
     is_final: bool
+    charter: str
+    offer: ByteVector = field(repr=False)
     weights: FloatVector = field(repr=False)
 
 
@@ -104,6 +134,39 @@ class EvaluateReply:
 
 
 @dataclass(frozen=True)
+class SecureRequest:
+    """A step of secure aggregation.
+
+    Attributes:
+        charter: SHA-256 of the charter in hexadecimal.
+        body: The encoded message of ``fedvision.secagg.messages``, uint8.
+    """
+
+    job_digest: str
+    round: int
+    charter: str
+    step: Step
+    body: ByteVector = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SecureReply:
+    """The answer to a step: an encoded message, and at ``mask`` the masked input.
+
+    Attributes:
+        body: uint8.
+        masked: uint32, shape (length of the sum,), empty at other steps.
+    """
+
+    job_digest: str
+    site: str
+    round: int
+    step: Step
+    body: ByteVector = field(repr=False)
+    masked: NDArray[np.uint32] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A site says no. ``code`` is a class of error (see ``fedvision.errors``), never a text."""
 
@@ -113,8 +176,14 @@ class Refusal:
     code: str
 
 
-Request = HelloRequest | TrainRequest | EvaluateRequest
-Reply = HelloReply | TrainReply | EvaluateReply | Refusal
+Request = HelloRequest | TrainRequest | EvaluateRequest | SecureRequest
+Reply = HelloReply | TrainReply | EvaluateReply | SecureReply | Refusal
+EMPTY: ByteVector = np.zeros(0, np.uint8)
+
+
+def as_vector(data: bytes) -> ByteVector:
+    """Return bytes as a read-only uint8 array, which is how they travel."""
+    return np.frombuffer(data, np.uint8)
 
 
 def check_train_reply(reply: TrainReply, size: int, clip_norm: float) -> None:

@@ -22,11 +22,13 @@ from fedvision.wire.messages import (
     Refusal,
     Reply,
     Request,
+    SecureReply,
+    SecureRequest,
     TrainReply,
     TrainRequest,
 )
 
-FORMAT = 1
+FORMAT = 2
 KINDS: dict[str, type] = {
     "hello": HelloRequest,
     "hello-reply": HelloReply,
@@ -34,6 +36,8 @@ KINDS: dict[str, type] = {
     "train-reply": TrainReply,
     "evaluate": EvaluateRequest,
     "evaluate-reply": EvaluateReply,
+    "secure": SecureRequest,
+    "secure-reply": SecureReply,
     "refusal": Refusal,
 }
 NAMES = {kind: name for name, kind in KINDS.items()}
@@ -41,8 +45,18 @@ MESSAGE_TYPES: dict[type, str] = {
     HelloRequest: "query.hello",
     TrainRequest: "train.update",
     EvaluateRequest: "evaluate.statistics",
+    SecureRequest: "query.secure",
 }
-ARRAY_TYPES = {"weights": np.float32, "update": np.float32, "statistics": np.float64}
+ARRAY_TYPES = {
+    "weights": np.float32,
+    "update": np.float32,
+    "statistics": np.float64,
+    "documents": np.uint8,
+    "enrolment": np.uint8,
+    "offer": np.uint8,
+    "body": np.uint8,
+    "masked": np.uint32,
+}
 
 
 def pack(message: Request | Reply) -> RecordDict:

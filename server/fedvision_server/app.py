@@ -1,25 +1,19 @@
 """The server's Flower ServerApp: carries ``round``'s requests over Flower's Grid."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedvision.config import Job
 from fedvision.errors import MessageError, Stopped
-from fedvision.wire.messages import (
-    EvaluateReply,
-    HelloReply,
-    HelloRequest,
-    Refusal,
-    Reply,
-    Request,
-    TrainReply,
-)
+from fedvision.wire.messages import HelloRequest, Refusal, Reply, Request
 from fedvision.wire.records import MESSAGE_TYPES, pack, unpack
-from fedvision_server.round import Cohort, Observer, run_job
+from fedvision_server.federation import Cohort, Observer
+from fedvision_server.round import run_job
+from fedvision_server.secure import ServerKeys
 
 FIRST_POLL_S, LAST_POLL_S = 0.01, 0.25
 
@@ -48,22 +42,26 @@ class GridLink:
             self._wait(FIRST_POLL_S)
         return sorted(found)
 
-    def ask(self, request: Request, nodes: Sequence[int]) -> Iterator[tuple[int, Reply]]:
-        """Send ``request`` to ``nodes``; yield each reply as it comes. See ``round.Link``."""
-        content = pack(request)
-        number = 0 if isinstance(request, HelloRequest) else request.round
-        waiting, sent = list(nodes), dict[str, int]()
+    def ask(self, requests: Mapping[int, Request]) -> Iterator[tuple[int, Reply]]:
+        """Send each node its request; yield each reply as it comes. See ``round.Link``."""
+        waiting, sent = list(requests), dict[str, int]()
+        packed: tuple[Request | None, RecordDict] = (None, RecordDict())
         pause_s = FIRST_POLL_S
         while waiting or sent:
             while waiting and len(sent) < self._window:
                 node = waiting.pop(0)
-                message = Message(content, dst_node_id=node, message_type=MESSAGE_TYPES[type(request)])
+                request = requests[node]
+                if packed[0] is not request:  # most often all nodes get the same
+                    packed = (request, pack(request))
+                message = Message(packed[1], dst_node_id=node, message_type=MESSAGE_TYPES[type(request)])
                 (message_id,) = self._grid.push_messages([message])
                 sent[message_id] = node
             replies = list(self._grid.pull_messages(list(sent)))
             for message in replies:
                 node = sent.pop(message.metadata.reply_to_message_id)
-                yield node, read_reply(message, request.job_digest, number)
+                asked = requests[node]
+                number = 0 if isinstance(asked, HelloRequest) else asked.round
+                yield node, read_reply(message, asked.job_digest, number)
             pause_s = FIRST_POLL_S if replies else min(2 * pause_s, LAST_POLL_S)
             if not replies:
                 self._wait(pause_s)
@@ -78,7 +76,7 @@ def read_reply(message: Message, job_digest: str, number: int) -> Reply:
     if message.has_error():
         return Refusal(job_digest, "", number, "unreachable")
     try:
-        reply: Reply = unpack(message.content, HelloReply | TrainReply | EvaluateReply | Refusal)
+        reply: Reply = unpack(message.content, Reply)
     except MessageError:
         return Refusal(job_digest, "", number, "message")
     return reply
@@ -92,12 +90,13 @@ def create_app(
     stop: threading.Event,
     num_nodes: int,
     window: int,
+    keys: ServerKeys | None,
 ) -> ServerApp:
     """Return the ServerApp that runs ``job`` in ``folder``; see ``round.run_job`` and ``GridLink``."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run_job(job, GridLink(grid, num_nodes, window, stop), folder, cohort, observe)
+        run_job(job, GridLink(grid, num_nodes, window, stop), folder, cohort, observe, keys)
 
     return app

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from fedvision.errors import MessageError
 from fedvision.storage import append_line
-from fedvision.wire.messages import EvaluateRequest, HelloRequest, Refusal, Request, TrainRequest
+from fedvision.wire.messages import Refusal, Request
 from fedvision.wire.records import pack, unpack
 from fedvision_sites.work import Site, SiteConfig
 
@@ -36,7 +36,7 @@ def answer(config: SiteConfig, content: RecordDict) -> RecordDict:
     """Answer one message, whatever it holds; never raises."""
     digest, number = "", 0
     try:
-        request: Request = unpack(content, HelloRequest | TrainRequest | EvaluateRequest)
+        request: Request = unpack(content, Request)
         digest, number = request.job_digest, getattr(request, "round", 0)
         return pack(warm_site(config).answer(request))
     except MessageError as error:
@@ -63,6 +63,7 @@ def create_app(configs: Sequence[SiteConfig]) -> ClientApp:
         return Message(answer(config, message.content), reply_to=message)
 
     app.query("hello")(handle)
+    app.query("secure")(handle)
     app.train("update")(handle)
     app.evaluate("statistics")(handle)
     return app

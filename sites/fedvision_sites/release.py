@@ -5,18 +5,25 @@
 - Statistics leave as sums over all cases, and as sums over resamples of the patients that the site
   draws from a seed of its own.
 - Beside them a reply holds counts of cases and steps, the mean training loss and the time, no more.
+- With secure aggregation update, loss, weight and statistics leave as integers under masks only: they are
+  encoded here and masked in ``fedvision.secagg.site``.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from fedvision.secagg.encoding import encode_statistics
+from fedvision.secagg.masking import MaskVector
 from numpy.typing import NDArray
 
 from fedvision.config import Job
 from fedvision.errors import TrainingError
-from fedvision.training.evaluation import resample_patients
+from fedvision.secagg.schedule import Consortium
+from fedvision.seeds import derive_seed
+from fedvision.training.evaluation import judgement_values, resample_patients
 from fedvision.updates.clipping import clip_l2
 from fedvision.updates.layout import FloatVector
 
@@ -75,3 +82,34 @@ def release_statistics(
         Sums, shape (1 + resamples, S).
     """
     return resample_patients(rows, patients, resamples, private_seed)
+
+
+def encode_update(
+    released: ReleasedUpdate,
+    num_cases: int,
+    loss: float,
+    job: Job,
+    consortium: Consortium,
+    key: tuple[str, int],
+) -> MaskVector:
+    """Return the input of a training sum: weighted update, weighted loss, weight; to be masked.
+
+    The rounding is drawn from the job's seed, so that a run can be repeated bit for bit. It hides nothing
+    and needs no secret: it makes the rounding unbiased.
+
+    Args:
+        released: The clipped update.
+        num_cases: The site's training cases; the charter caps what they weigh.
+        loss: Mean training loss.
+        job: Sets the seed.
+        consortium: Its charter sets the encoding.
+        key: Site and round, which the rounding is drawn for.
+    """
+    seed = derive_seed(job.seed, "rounding", *key).to_bytes(8, "big")
+    encoding = consortium.encoding
+    return encoding.encode(released.update, num_cases, [loss], hashlib.sha256(seed).digest())
+
+
+def encode_judgement(statistics: NDArray[np.float64], job: Job) -> MaskVector:
+    """Return the input of a statistics sum, see ``judgement_values``; to be masked."""
+    return encode_statistics(judgement_values(statistics, job))

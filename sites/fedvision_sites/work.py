@@ -22,12 +22,19 @@ from torch import nn
 from fedvision.config import Job
 from fedvision.data.manifest import Case, Manifest, load_manifest, pool_manifests
 from fedvision.data.readers import CaseStore, Sample
-from fedvision.errors import DataError, FedvisionError, MessageError
+from fedvision.errors import ConfigError, DataError, FedvisionError, MessageError, ProtocolError
 from fedvision.storage import append_line, write_text
 from fedvision.tasks import CaseResult, initial_network, local_names, task_module
 from fedvision.training.evaluation import evaluate
-from fedvision.training.loop import train
-from fedvision.updates.layout import Layout, flatten, float_tensors, layout_of, load_vector
+from fedvision.training.loop import TrainingResult, train
+from fedvision.updates.layout import (
+    Layout,
+    flatten,
+    float_tensors,
+    layout_of,
+    load_vector,
+    model_digest,
+)
 from fedvision.wire.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -36,10 +43,21 @@ from fedvision.wire.messages import (
     Refusal,
     Reply,
     Request,
+    SecureReply,
+    SecureRequest,
+    Step,
     TrainReply,
     TrainRequest,
+    as_vector,
 )
-from fedvision_sites.release import release_statistics, release_update
+from fedvision_sites.release import (
+    ReleasedUpdate,
+    encode_judgement,
+    encode_update,
+    release_statistics,
+    release_update,
+)
+from fedvision_sites.secure import NOTHING, SecureConfig, SecureSite, enrol
 from fedvision_sites.state import load_local, save_local
 
 logger = logging.getLogger(__name__)
@@ -56,6 +74,7 @@ class SiteConfig:
         threads: CPU threads for training.
         cache_bytes: Memory for decoded cases.
         resampling_seed: Draws the bootstrap resamples; the site's own, never sent.
+        secure: Its keys for secure aggregation; None if it takes part in jobs without it only.
     """
 
     name: str
@@ -64,6 +83,7 @@ class SiteConfig:
     threads: int
     cache_bytes: int
     resampling_seed: int = field(repr=False)
+    secure: SecureConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -86,11 +106,14 @@ class Site:
         self._manifest: Manifest | None = None
         self._prepared: tuple[str, Prepared] | None = None
         self._store: tuple[str, CaseStore] | None = None
+        self._secure: dict[str, SecureSite] = {}
 
     def answer(self, request: Request) -> Reply:
         """Do what is asked, or refuse with a code. Never raises a ``FedvisionError``."""
         number = 0 if isinstance(request, HelloRequest) else request.round
         try:
+            if isinstance(request, SecureRequest):
+                return self._secure_step(request)
             torch.set_num_threads(self.config.threads)
             prepared = self._prepare(request)
             if isinstance(request, HelloRequest):
@@ -103,7 +126,7 @@ class Site:
             append_line(
                 self.config.state / "log.jsonl", {"round": number, "refused": str(error), "hint": error.hint}
             )
-            return Refusal(request.job_digest, self.config.name, number, error.code)
+            return Refusal(request.job_digest, self.config.name, number, refusal_code(error))
 
     def _data(self, job: Job) -> tuple[Manifest, CaseStore]:
         if self._manifest is None:
@@ -115,9 +138,13 @@ class Site:
             self._store = (job.digest(), CaseStore(self._manifest, job, self.config.cache_bytes))
         return self._manifest, self._store[1]
 
-    def _prepare(self, request: Request) -> Prepared:
+    def _prepare(self, request: HelloRequest | TrainRequest | EvaluateRequest) -> Prepared:
         if self._prepared is None or self._prepared[0] != request.job_digest:
             job = parse_sent_job(request.job_json, request.job_digest)
+            if self.config.secure is not None and not job.aggregation.secure:
+                raise ProtocolError(
+                    "secure-only", "this site takes part in jobs with secure aggregation only"
+                )
             check_agrees(self._data(job)[0], job)
             network = initial_network(job)
             local = local_names(network, job)
@@ -146,16 +173,80 @@ class Site:
         load_local(self.config.state, after_round, prepared.network, prepared.local)
 
     def _hello(self, request: HelloRequest, prepared: Prepared) -> HelloReply:
-        manifest, _ = self._data(prepared.job)
-        sizes = [len(manifest.in_split(split)) for split in ("train", "val", "test")]
-        return HelloReply(request.job_digest, self.config.name, *sizes)
-
-    def _train(self, request: TrainRequest, prepared: Prepared) -> TrainReply:
         job = prepared.job
-        manifest, store = self._data(job)
-        cases = manifest.in_split("train")
+        manifest, _ = self._data(job)
+        train, val, test = (len(manifest.in_split(split)) for split in ("train", "val", "test"))
+        enrolment = b""
+        if job.aggregation.secure:
+            train, val, test = min(train, 1), min(val, 1), min(test, 1)
+            enrolment = enrol(
+                self._secure_config(),
+                self.config.name,
+                self.config.state,
+                job,
+                prepared.layout,
+                request.documents.tobytes(),
+            )
+        return HelloReply(request.job_digest, self.config.name, train, val, test, as_vector(enrolment))
+
+    def _secure_config(self) -> SecureConfig:
+        if self.config.secure is None:
+            raise ConfigError(
+                "this site has no key for secure aggregation", "make one with `fedvision keys new`"
+            )
+        return self.config.secure
+
+    def _secure_site(self, charter: str) -> SecureSite:
+        if charter not in self._secure:
+            config = self.config
+            self._secure = {
+                charter: SecureSite(self._secure_config(), config.name, config.state, charter, config.threads)
+            }
+        return self._secure[charter]
+
+    def _secure_step(self, request: SecureRequest) -> SecureReply:
+        site = self._secure_site(request.charter)
+        if request.step != "enrolled":
+            return site.answer(request)
+        site.save_roll(request.body.tobytes())
+        return ready_reply(self.config.name, request.job_digest, request.round, "enrolled", b"")
+
+    def _train(self, request: TrainRequest, prepared: Prepared) -> TrainReply | SecureReply:
+        job = prepared.job
+        cases = self._data(job)[0].in_split("train")
         if not cases:
             raise DataError(f"site {self.config.name} has no training case")
+        if not job.aggregation.secure:
+            released, result = self._train_locally(request, prepared, cases)
+            return TrainReply(
+                request.job_digest,
+                self.config.name,
+                request.round,
+                len(cases),
+                result.num_steps,
+                result.loss,
+                result.seconds,
+                released.update,
+            )
+        site, offer = self._secure_site(request.charter), request.offer.tobytes()
+        session, model = site.open_session(offer), model_digest(request.weights)
+        if session.purpose != "train" or session.round != request.round:
+            raise ProtocolError("session", f"{session}: the offer is not for training in this round")
+        vector = site.pending(session, model)
+        if vector is None:
+            released, result = self._train_locally(request, prepared, cases)
+            key = (self.config.name, request.round)
+            vector = encode_update(released, len(cases), result.loss, job, site.consortium, key)
+            site.keep(session, model, vector)
+        answer = site.begin(offer, model, vector)
+        return ready_reply(self.config.name, request.job_digest, request.round, "ready", answer)
+
+    def _train_locally(
+        self, request: TrainRequest, prepared: Prepared, cases: Sequence[Case]
+    ) -> tuple[ReleasedUpdate, TrainingResult]:
+        """Train on the site's cases, and return the clipped update and how training went."""
+        job = prepared.job
+        _, store = self._data(job)
         self._load(prepared, request.weights, request.round - 1)
         started = time.time()
         result = train(prepared.network, job, store, cases, request.round, self.config.name, prepared.device)
@@ -175,18 +266,31 @@ class Site:
                 "seconds": round(result.seconds, 3),
             },
         )
-        return TrainReply(
-            request.job_digest,
-            self.config.name,
-            request.round,
-            len(cases),
-            result.num_steps,
-            result.loss,
-            result.seconds,
-            released.update,
-        )
+        return released, result
 
-    def _evaluate(self, request: EvaluateRequest, prepared: Prepared) -> EvaluateReply:
+    def _evaluate(self, request: EvaluateRequest, prepared: Prepared) -> EvaluateReply | SecureReply:
+        job = prepared.job
+        is_hidden = bool(request.charter)
+        if job.aggregation.secure and not is_hidden and not may_release(request.split, job):
+            raise ProtocolError(
+                "releases", f"the charter does not release statistics of {request.split} by site"
+            )
+        if not is_hidden:
+            return self._judge(request, prepared)
+        site, offer = self._secure_site(request.charter), request.offer.tobytes()
+        session, model = site.open_session(offer), model_digest(request.weights)
+        purpose = {"val": "validate", "test": "test"}[request.split]
+        if session.purpose != purpose or session.round != request.round:
+            raise ProtocolError("session", f"{session}: the offer is not for this split and round")
+        vector = site.pending(session, model)
+        if vector is None:
+            vector = encode_judgement(self._judge(request, prepared).statistics, job)
+            site.keep(session, model, vector)
+        answer = site.begin(offer, model, vector)
+        return ready_reply(self.config.name, request.job_digest, request.round, "ready", answer)
+
+    def _judge(self, request: EvaluateRequest, prepared: Prepared) -> EvaluateReply:
+        """Judge the model on the site's cases of a split."""
         job = prepared.job
         manifest, store = self._data(job)
         cases = manifest.in_split(request.split)
@@ -238,6 +342,21 @@ class Site:
             ((sample, result),) = judge([case])
             path = self.config.state / "examples" / f"{label}.png"
             draw_example(sample, result, job, path, f"{self.config.name}: {label} test case")
+
+
+def refusal_code(error: FedvisionError) -> str:
+    """Return what a refusal says: the class of error and, for a rule of the protocol, its name."""
+    return f"{error.code}: {error.rule}" if isinstance(error, ProtocolError) else error.code
+
+
+def ready_reply(site: str, job_digest: str, number: int, step: Step, answer: bytes) -> SecureReply:
+    """Return a reply without a masked input."""
+    return SecureReply(job_digest, site, number, step, as_vector(answer), NOTHING)
+
+
+def may_release(split: str, job: Job) -> bool:
+    """Whether a site may send its sums of a split in the clear."""
+    return split == "test" and "test" in job.secure_aggregation.release
 
 
 def parse_sent_job(job_json: str, job_digest: str) -> Job:

@@ -1,0 +1,256 @@
+"""Updates and statistics as integers modulo 2**32 whose sum over all sites never wraps.
+
+An update travels as one vector ``[w * update, w * metrics, w]`` in fixed point: weights and metrics are
+hidden in the sum too. Rules:
+- A unit is ``clip_norm / S`` with ``S = floor(2**30 / (n + 8 z))``: n sites add up to 2**30 + n at most and
+  8 standard deviations of noise fit on top, in a ring of 2**32.
+- Rounding is random, ``floor(x + u)``, so that it has no direction over sites and rounds.
+- Statistics are numbers of another size: each is a 60-bit integer in three limbs of 20 bits, every limb a
+  coordinate of its own, so that sums over 255 sites carry nothing from limb to limb and are exact.
+
+Sources: section "Encoding" of the design; Kairouz et al. 2021, section 4 (random rounding).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedvision.errors import MessageError
+from fedvision.secagg.masking import MaskVector, keystream
+
+MAX_SITES = 255
+LIMB_BITS = 20
+_FRACTION_BITS = 20
+_LIMITS = (255 * ((1 << LIMB_BITS) - 1), 255 << (38 + _FRACTION_BITS - 2 * LIMB_BITS))
+_TAIL_SHARE = 16
+_NORM_SLACK = 1e-6
+_SLICE = 1 << 15
+
+
+@dataclass(frozen=True)
+class DecodedSum:
+    """What the sum over sites says.
+
+    Attributes:
+        mean_update: Shape (d,), float64: ``sum(w * update) / sum(w)``.
+        metrics: Means of the metrics, weighted by w.
+        total_weight: ``sum(w)``, in sites: n where every site has the largest weight.
+    """
+
+    mean_update: NDArray[np.float64]
+    metrics: tuple[float, ...]
+    total_weight: float
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How an update, its metrics and its weight become integers; the same at all parties of a job.
+
+    Attributes:
+        num_sites: Enrolled sites n, 3..255.
+        size: Coordinates d of an update.
+        clip_norm: Largest L2 norm of an update, > 0.
+        weight_cap: Number of samples from which on a site's weight grows no more, >= 1.
+        metric_caps: Largest value of each metric, > 0; the least is 0.
+        noise_multiplier: Standard deviation z of the noise of all sites together, in clip norms.
+    """
+
+    num_sites: int
+    size: int
+    clip_norm: float
+    weight_cap: int
+    metric_caps: tuple[float, ...] = ()
+    noise_multiplier: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.num_sites <= MAX_SITES:
+            raise ValueError(f"num_sites must be in 3..{MAX_SITES}, got {self.num_sites}")
+        if self.size < 1:
+            raise ValueError(f"size must be >= 1, got {self.size}")
+        if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
+            raise ValueError(f"clip_norm must be > 0 and finite, got {self.clip_norm}")
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise ValueError(f"noise_multiplier must be >= 0 and finite, got {self.noise_multiplier}")
+        if not all(math.isfinite(cap) and cap > 0 for cap in self.metric_caps):
+            raise ValueError(f"metric_caps must be > 0 and finite, got {self.metric_caps}")
+        if not 1 <= self.weight_cap <= self.scale // _TAIL_SHARE:
+            raise ValueError(
+                f"weight_cap must be in 1..{self.scale // _TAIL_SHARE} for this number of sites and noise, "
+                f"got {self.weight_cap}"
+            )
+
+    @property
+    def scale(self) -> int:
+        """S, the units of one clip norm."""
+        return math.floor(2**30 / (self.num_sites + 8 * self.noise_multiplier))
+
+    @property
+    def length(self) -> int:
+        """Coordinates of an encoded vector: update, metrics, weight."""
+        return self.size + len(self.metric_caps) + 1
+
+    @property
+    def norm_bound(self) -> float:
+        """Largest L2 norm of a compliant encoded vector, in units.
+
+        The update has S at most, each of the k coordinates of the tail S / 16, and rounding moves every
+        coordinate by less than 1.
+        """
+        tail = (len(self.metric_caps) + 1) / _TAIL_SHARE**2
+        return self.scale * math.sqrt(1 + tail) + math.sqrt(self.length)
+
+    @property
+    def _weight_unit(self) -> int:
+        """Units of one sample: a whole number, so that the sum of the weights is exact."""
+        return self.scale // _TAIL_SHARE // self.weight_cap
+
+    def encode(
+        self,
+        update: NDArray[np.float32],
+        num_samples: int,
+        metrics: Sequence[float],
+        rounding_key: bytes,
+    ) -> MaskVector:
+        """Return ``[w * update, w * metrics, w]`` in units, with ``w = min(num_samples, cap) / cap``.
+
+        Guarantee: every coordinate is at most S + 1 in absolute value. The products are float64, with an
+        error below 2**-24 units, and ``floor(x + u)`` with 0 < u < 1 is less than 1 from x. The mean over
+        u is x up to 2**-17 units: u has 16 bits from AES-CTR and half a step more, so the rounding up
+        happens with the fraction's probability rounded to the nearest 2**-16.
+
+        Args:
+            update: Shape (size,), float32, L2 norm at most ``clip_norm`` (up to a millionth more is scaled
+                down).
+            num_samples: Number of samples behind the update, >= 1.
+            metrics: One number for each cap; clipped to 0..cap.
+            rounding_key: 32 bytes, fresh and secret.
+
+        Returns:
+            Shape (length,), two's complement modulo 2**32.
+
+        Raises:
+            ValueError: An entry is not finite, the norm is too large, or a shape or count is wrong.
+        """
+        if update.shape != (self.size,):
+            raise ValueError(f"update must have shape ({self.size},), got {update.shape}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be >= 1, got {num_samples}")
+        if len(metrics) != len(self.metric_caps) or not all(math.isfinite(value) for value in metrics):
+            raise ValueError(f"there must be {len(self.metric_caps)} finite metrics, got {len(metrics)}")
+        samples = min(num_samples, self.weight_cap)
+        share = samples / self.weight_cap
+        norm = math.sqrt(_sum_of_squares(update))
+        if not norm <= self.clip_norm * (1 + _NORM_SLACK):
+            raise ValueError("update must be finite and its L2 norm at most clip_norm")
+        factor = share * self.scale / max(self.clip_norm, norm)
+        encoded = np.empty(self.length, np.int32)
+        caps = self.metric_caps
+        tail = [min(max(value, 0.0), cap) / cap for value, cap in zip(metrics, caps, strict=True)]
+        uniform = keystream(rounding_key)
+        _round_into(encoded[: self.size], update, factor, uniform)
+        tail_scale = share * self.scale / _TAIL_SHARE
+        _round_into(encoded[self.size : -1], np.array(tail), tail_scale, uniform)
+        encoded[-1] = samples * self._weight_unit
+        return encoded.view(np.uint32)
+
+    def decode(self, total: MaskVector) -> DecodedSum:
+        """Return the weighted means that the sum of the sites' encoded vectors holds.
+
+        Args:
+            total: Shape (length,), the sum modulo 2**32.
+
+        Raises:
+            MessageError: The weights add up to 0 or to more than the sites can have, or a metric lies
+                outside of its range: not a sum of compliant vectors.
+        """
+        if total.shape != (self.length,) or total.dtype != np.uint32:
+            raise MessageError(f"a sum must be uint32 of shape ({self.length},)")
+        values = total.view(np.int32)
+        noise = 8 * self.noise_multiplier * self.scale
+        per_site = self._weight_unit * self.weight_cap
+        weight = int(values[-1])
+        if not 0 < weight <= self.num_sites * per_site + noise:
+            raise MessageError("the weights of a sum are not those of the enrolled sites")
+        total_weight = weight / per_site
+        slack = self.num_sites + noise
+        largest = total_weight * self.scale / _TAIL_SHARE
+        tail = values[self.size : -1].astype(np.float64)
+        if ((tail < -slack) | (tail > largest + slack)).any():
+            raise MessageError("a metric of a sum lies outside of its range")
+        shares = np.clip(tail / largest, 0.0, 1.0)
+        return DecodedSum(
+            mean_update=values[: self.size] * (self.clip_norm / (self.scale * total_weight)),
+            metrics=tuple(float(s) * cap for s, cap in zip(shares, self.metric_caps, strict=True)),
+            total_weight=total_weight,
+        )
+
+
+def _sum_of_squares(update: NDArray[np.float32]) -> float:
+    total = 0.0
+    for start in range(0, update.size, _SLICE):
+        part = update[start : start + _SLICE].astype(np.float64)
+        total += float(part @ part)
+    return total
+
+
+def _round_into(target: NDArray[np.int32], values: NDArray[np.floating], factor: float, uniform) -> None:
+    """Write ``floor(values * factor + u)`` to ``target``."""
+    zeros = bytes(2 * _SLICE)
+    bits = np.empty(_SLICE, "<u2")
+    view = memoryview(bits).cast("B")
+    for start in range(0, values.size, _SLICE):
+        part = values[start : start + _SLICE]
+        uniform.update_into(zeros[: 2 * part.size], view[: 2 * part.size])
+        scaled = part.astype(np.float64) * factor
+        scaled += (bits[: part.size] + 0.5) * 2.0**-16
+        target[start : start + _SLICE] = np.floor(scaled)
+
+
+def encode_statistics(values: NDArray[np.float64]) -> MaskVector:
+    """Return numbers as three limbs each: fixed point with 20 binary places, 60 bits, two's complement.
+
+    Args:
+        values: Any shape, finite, absolute value below 2**38.
+
+    Returns:
+        Shape (3 * values.size,): all low limbs, all middle limbs (each 0..2**20 - 1), all top limbs
+        (signed).
+
+    Raises:
+        ValueError: A value is not finite or too large.
+    """
+    flat = np.asarray(values, np.float64).ravel()
+    if not (np.abs(flat) < 2.0**38).all():
+        raise ValueError("statistics must be finite and below 2**38")
+    whole = np.rint(flat * 2.0**_FRACTION_BITS).astype(np.int64)
+    mask = (1 << LIMB_BITS) - 1
+    limbs = np.concatenate([whole & mask, (whole >> LIMB_BITS) & mask, whole >> (2 * LIMB_BITS)])
+    return limbs.astype(np.int32).view(np.uint32)
+
+
+def decode_statistics(total: MaskVector, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Return the sum of up to 255 arrays that ``encode_statistics`` encoded.
+
+    Guarantee: the integers add up exactly; the result is their sum, rounded once to float64.
+
+    Args:
+        total: Shape (3 * size,), the sum of the limbs modulo 2**32.
+        shape: Shape of the arrays.
+
+    Raises:
+        MessageError: Not such a sum.
+    """
+    if total.dtype != np.uint32 or total.shape != (3 * math.prod(shape),):
+        raise MessageError(f"a sum of statistics must be uint32 of shape ({3 * math.prod(shape)},)")
+    low, middle, top = total.view(np.int32).astype(np.int64).reshape(3, -1)
+    if ((low < 0) | (middle < 0) | (low > _LIMITS[0]) | (middle > _LIMITS[0])).any():
+        raise MessageError("a sum of statistics has a limb out of range")
+    if (np.abs(top) > _LIMITS[1]).any():
+        raise MessageError("a sum of statistics has a limb out of range")
+    high = (top << LIMB_BITS) + middle + (low >> LIMB_BITS)
+    rest = low & ((1 << LIMB_BITS) - 1)
+    whole = high.astype(np.float64) * 2.0**LIMB_BITS + rest  # high < 2**53: the sum is the only rounding
+    return (whole * 2.0**-_FRACTION_BITS).reshape(shape)

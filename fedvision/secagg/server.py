@@ -1,0 +1,481 @@
+"""The server's side of a masked sum: one attempt, message by message, without I/O.
+
+The order of calls is that of the protocol: ``offer``, ``add_ready``..., ``weave``, ``add_masked``...,
+at level ``sketch`` or ``gram`` ``masked_roll``, ``add_beacon``..., ``beacon_roll``, ``add_sketch``...,
+then ``accept``, ``add_ack``..., ``ack_roll``, ``add_unmask``..., ``finish``.
+
+Rules:
+- What a site sends is checked in full before it changes anything; a site whose message is refused is
+  treated as one that dropped out. A lie that its signatures prove is kept as ``Evidence``.
+- The server holds one sum, not one vector a site. Where a sketch is checked at the end, the masked inputs
+  are kept by a ``Store``, on disk, until the check is done.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from fedvision.errors import MessageError, ProtocolError, RoundError
+from fedvision.secagg import schedule, shamir
+from fedvision.secagg.codec import decode, encode
+from fedvision.secagg.identity import Identity
+from fedvision.secagg.masking import MaskVector, add_masks
+from fedvision.secagg.merkle import merkle_path, merkle_root
+from fedvision.secagg.messages import (
+    SERVER,
+    Accepted,
+    AcceptedEntry,
+    Ack,
+    AckRoll,
+    AckUpload,
+    Beacon,
+    BeaconRoll,
+    Box,
+    Cohort,
+    CohortEntry,
+    Complaint,
+    Evidence,
+    Exclusion,
+    Masked,
+    MaskedRoll,
+    Offer,
+    Ready,
+    ReadyUpload,
+    Reason,
+    Reveal,
+    Session,
+    Signed,
+    Sketch,
+    SketchUpload,
+    Unmask,
+)
+from fedvision.secagg.schedule import Consortium, read_signed, sign
+from fedvision.secagg.site import box_leaf, seed_hash, vector_digest
+from fedvision.secagg.sketch import is_within
+from fedvision.secagg.sketch import sketch as sketch_of
+
+
+class Store(Protocol):
+    """Keeps masked inputs by site until the end of a round, outside of memory."""
+
+    def put(self, site: int, vector: MaskVector) -> None:
+        """Keep a vector."""
+        ...
+
+    def get(self, site: int) -> MaskVector:
+        """Return it, read-only."""
+        ...
+
+
+class AttemptError(RoundError):
+    """An attempt cannot be finished; another one, with fresh masks, may be.
+
+    Args:
+        message: What is missing.
+        evidence: What was proven against sites; they are left out of the next attempt.
+    """
+
+    def __init__(self, message: str, evidence: Sequence[Evidence] = ()) -> None:
+        super().__init__(message)
+        self.evidence = tuple(evidence)
+
+
+@dataclass
+class Views:
+    """What the sites of an attempt sent, by site, after its checks."""
+
+    ready: dict[int, Signed] = field(default_factory=dict)
+    boxes: dict[int, dict[int, Box]] = field(default_factory=dict)
+    masked: dict[int, Signed] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
+    beacons: dict[int, Signed] = field(default_factory=dict)
+    numbers: dict[int, bytes] = field(default_factory=dict)
+    sketches: dict[int, Signed] = field(default_factory=dict)
+    values: dict[int, MaskVector] = field(default_factory=dict, repr=False)
+    acks: dict[int, Signed] = field(default_factory=dict)
+    keys: dict[int, dict[int, bytes]] = field(default_factory=dict, repr=False)
+    shares: dict[int, dict[int, bytes]] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class MaskedSum:
+    """The outcome of an attempt.
+
+    Attributes:
+        total: Sum of the accepted inputs mod 2**32, uint32.
+        fits: Whether it is the sum of the sketches; True at level ``sum``, which has none.
+        seeds: Self-mask seeds of the accepted sites: public now, needed for a dispute.
+    """
+
+    total: MaskVector = field(repr=False)
+    fits: bool
+    seeds: Mapping[int, bytes] = field(repr=False)
+
+
+class SumRound:
+    """One attempt at one masked sum.
+
+    Args:
+        consortium: Roster and charter.
+        publics: Pair keys of all sites, see ``schedule.read_enrolments``.
+        identity: The server's key.
+        session: Which sum.
+        model: SHA-256 of the model that is offered.
+        length: Number of coordinates of an input.
+        norm_bound: Largest L2 norm of a compliant encoded input; for sketches.
+        store: Keeps masked inputs; used at levels ``sketch`` and ``gram`` only.
+    """
+
+    def __init__(
+        self,
+        consortium: Consortium,
+        publics: Mapping[tuple[int, int], bytes],
+        identity: Identity,
+        session: Session,
+        model: bytes,
+        length: int,
+        norm_bound: float,
+        store: Store,
+    ) -> None:
+        self.consortium = consortium
+        self.publics = publics
+        self.session = session
+        self.model = model
+        self.length = length
+        self.norm_bound = norm_bound
+        self.level = consortium.level(session.purpose)
+        self.views = Views()
+        self.evidence: list[Evidence] = []
+        self.excluded: dict[int, Reason] = {}
+        self.accepted: tuple[AcceptedEntry, ...] = ()
+        self.cohort: tuple[int, ...] = ()
+        self.tau = self.beta = self.root = b""
+        self._identity = identity
+        self._store = store
+        self._sum = np.zeros(length, np.uint32)
+        self.said: dict[str, Signed] = {}
+
+    def say(self, message: object) -> bytes:
+        """Return a message signed by the server, encoded; the last one of each kind is kept in ``said``."""
+        signed = sign(self.consortium, self._identity, SERVER, message)
+        self.said[type(message).__name__] = signed
+        return encode(signed)
+
+    def _require(self, count: int, what: str) -> None:
+        if count < self.consortium.quorum:
+            raise AttemptError(
+                f"{self.session}: {count} {what}, the charter needs {self.consortium.quorum}", self.evidence
+            )
+
+    def _of_session(self, tau: bytes) -> None:
+        if tau != self.tau:
+            raise ProtocolError("session", f"{self.session}: a message is of another session")
+
+    def offer(self) -> bytes:
+        """Return the offer, the same for all sites."""
+        return self.say(Offer(self.session, self.model))
+
+    def add_ready(self, site: int, data: bytes) -> None:
+        """Take a site's ``ReadyUpload``.
+
+        Raises:
+            ProtocolError, MessageError: It is refused; the site is not in the cohort.
+        """
+        upload = decode(data, ReadyUpload)
+        ready = read_signed(self.consortium, upload.ready, Ready, site)
+        if ready.session != self.session or ready.model != self.model:
+            raise ProtocolError("session", f"{self.session}: a ready message is of another session or model")
+        if tuple(box.receiver for box in upload.boxes) != self.consortium.charter.sites:
+            raise ProtocolError("box", f"{self.session}: there must be one box for each enrolled site")
+        if merkle_root([box_leaf(box) for box in upload.boxes]) != ready.boxes_root:
+            raise ProtocolError("box", f"{self.session}: the boxes are not the signed ones")
+        self.views.ready[site] = upload.ready
+        self.views.boxes[site] = {box.receiver: box for box in upload.boxes}
+
+    def weave(self) -> dict[int, bytes]:
+        """Fix the cohort and return each site's ``Cohort`` message.
+
+        Raises:
+            AttemptError: Fewer sites are ready than the smallest cohort or the threshold.
+        """
+        self.cohort = tuple(sorted(self.views.ready))
+        self._require(len(self.cohort), "sites are ready")
+        readies = [self.views.ready[site] for site in self.cohort]
+        self.tau = schedule.make_tau(self.consortium, self.session, self.model, readies)
+        sites = self.consortium.charter.sites
+        leaves = {i: [box_leaf(self.views.boxes[i][j]) for j in sites] for i in self.cohort}
+        messages = {}
+        for site in self.cohort:
+            index = sites.index(site)
+            entries = tuple(
+                CohortEntry(self.views.ready[i], self.views.boxes[i][site], merkle_path(leaves[i], index))
+                for i in self.cohort
+            )
+            messages[site] = self.say(Cohort(self.session, entries))
+        return messages
+
+    def add_masked(self, site: int, data: bytes, vector: MaskVector) -> None:
+        """Take a site's signed ``Masked`` with its masked input, or its ``Complaint`` with no input.
+
+        Raises:
+            ProtocolError, MessageError: It is refused; the site counts as dropped out.
+            AttemptError: A complaint was made: this attempt is over, its evidence names who lied.
+        """
+        if site not in self.cohort or site in self.views.masked:
+            raise ProtocolError("phase", f"{self.session}: a masked input that was not asked for")
+        signed = decode(data, Signed)
+        if vector.size == 0:
+            self._judge_complaint(site, signed)
+        masked = read_signed(self.consortium, signed, Masked, site)
+        self._of_session(masked.tau)
+        if vector.dtype != np.uint32 or vector.shape != (self.length,):
+            raise MessageError(f"masked input must be uint32 of shape ({self.length},)")
+        if vector_digest(vector) != masked.digest:
+            raise ProtocolError("digest", f"{self.session}: a masked input does not have the signed hash")
+        if self.level != "sum":
+            self._store.put(site, vector)
+        else:
+            np.add(self._sum, vector, out=self._sum)
+        self.views.masked[site] = signed
+        self.views.digests[site] = masked.digest
+
+    def _judge_complaint(self, site: int, signed: Signed) -> None:
+        complaint = read_signed(self.consortium, signed, Complaint, site)
+        accused = complaint.accused
+        if complaint.session != self.session or accused not in self.cohort or accused == site:
+            raise ProtocolError("session", f"{self.session}: a complaint about another session")
+        culprit = accused
+        if schedule.public_of(complaint.secret) != self.publics[site, accused]:
+            culprit = site  # not the key it enrolled with
+        else:
+            public = self.publics[accused, site]
+            pair = schedule.pair_key(self.consortium, site, accused, complaint.secret, public)
+            ready = read_signed(self.consortium, self.views.ready[accused], Ready, accused)
+            box = self.views.boxes[accused][site]
+            context = schedule.session_bytes(self.session)
+            try:
+                share = schedule.unseal(pair, "share", context, ready.nonce, accused, site, box.sealed)
+                if len(share) == 32 and schedule.share_hash(accused, site, share) == box.share_hash:
+                    culprit = site  # the box is in order
+            except MessageError:
+                pass
+        self.evidence.append(Evidence(culprit, "box", (self.views.ready[accused], signed)))
+        raise AttemptError(f"{self.session}: site number {culprit} broke the rule about boxes", self.evidence)
+
+    def masked_roll(self) -> bytes:
+        """Return the list of all hashes of masked inputs, for the sites in ``views.masked``.
+
+        Raises:
+            AttemptError: Too few masked inputs came.
+        """
+        self._require(len(self.views.masked), "masked inputs came")
+        for site in set(self.cohort) - set(self.views.masked):
+            self.excluded[site] = "no masked input"
+        self.root = schedule.masked_root(self.views.digests)
+        return self.say(MaskedRoll(self.tau, _by_site(self.views.masked)))
+
+    def add_beacon(self, site: int, data: bytes) -> None:
+        """Take a site's signed ``Beacon``.
+
+        Raises:
+            ProtocolError, MessageError: It is refused; the site counts as dropped out.
+        """
+        if site not in self.views.masked or site in self.views.beacons:
+            raise ProtocolError("phase", f"{self.session}: a beacon number that was not asked for")
+        signed = decode(data, Signed)
+        beacon = read_signed(self.consortium, signed, Beacon, site)
+        self._of_session(beacon.tau)
+        ready = read_signed(self.consortium, self.views.ready[site], Ready, site)
+        if beacon.root != self.root or seed_hash(beacon.number) != ready.beacon_hash:
+            raise ProtocolError("beacon", f"{self.session}: a beacon number is not the committed one")
+        self.views.beacons[site] = signed
+        self.views.numbers[site] = beacon.number
+
+    def beacon_roll(self) -> bytes:
+        """Fix the sketch's seed and return the list of all beacon numbers, for those in ``views.beacons``.
+
+        Raises:
+            AttemptError: Too few beacon numbers came.
+        """
+        self._require(len(self.views.beacons), "beacon numbers came")
+        for site in set(self.views.masked) - set(self.views.beacons):
+            self.excluded[site] = "no beacon"
+        self.beta = schedule.make_beta(self.tau, self.root, self.views.numbers)
+        return self.say(BeaconRoll(self.tau, _by_site(self.views.beacons)))
+
+    def add_sketch(self, site: int, data: bytes) -> None:
+        """Take a site's ``SketchUpload``.
+
+        Raises:
+            ProtocolError, MessageError: It is refused; the site counts as dropped out.
+        """
+        if site not in self.views.beacons or site in self.views.sketches:
+            raise ProtocolError("phase", f"{self.session}: a sketch that was not asked for")
+        upload = decode(data, SketchUpload)
+        sketch = read_signed(self.consortium, upload.sketch, Sketch, site)
+        self._of_session(sketch.tau)
+        if sketch.beta != self.beta:
+            raise ProtocolError("beacon", f"{self.session}: a sketch of another map")
+        if len(sketch.values) != 2048 * 4:
+            raise MessageError("a sketch must have 2048 values")
+        self.views.sketches[site] = upload.sketch
+        self.views.values[site] = np.frombuffer(sketch.values, "<u4").astype(np.uint32)
+
+    def accept(self) -> bytes:
+        """Choose whose inputs are added, by the norm bound, and return the ``Accepted`` message.
+
+        Raises:
+            AttemptError: Too few are left.
+        """
+        candidates = set(self.views.masked)
+        for site in set(self.cohort) - candidates:
+            self.excluded[site] = "no masked input"
+        if self.level == "sketch":
+            for site in set(self.views.beacons) - set(self.views.sketches):
+                self.excluded[site] = "no sketch"
+            for site, values in self.views.values.items():
+                if not is_within(values, self.norm_bound):
+                    self.excluded[site] = "norm above the bound"
+                    proof = (self.views.masked[site], self.views.sketches[site])
+                    self.evidence.append(Evidence(site, "norm", proof))
+        return self._announce(candidates - set(self.excluded))
+
+    def shrink(self) -> bytes:
+        """Return an ``Accepted`` message for the sites that acknowledged, when others have vanished.
+
+        Raises:
+            AttemptError: Too few are left.
+        """
+        for entry in self.accepted:
+            if entry.site not in self.views.acks:
+                self.excluded[entry.site] = "no masked input"
+        left = set(self.views.acks)
+        self.views.acks.clear()
+        return self._announce(left)
+
+    def _announce(self, inside: set[int]) -> bytes:
+        self._require(len(inside), "inputs may be added")
+        self.accepted = tuple(AcceptedEntry(site, self.views.digests[site]) for site in sorted(inside))
+        excluded = tuple(Exclusion(site, self.excluded[site]) for site in sorted(self.excluded))
+        return self.say(Accepted(self.tau, self.accepted, excluded))
+
+    def masked_input(self, site: int) -> MaskVector:
+        """Return a masked input that was kept; levels ``sketch`` and ``gram`` only."""
+        return self._store.get(site)
+
+    @property
+    def inside(self) -> tuple[int, ...]:
+        """The accepted sites."""
+        return tuple(entry.site for entry in self.accepted)
+
+    def add_ack(self, site: int, data: bytes) -> None:
+        """Take a site's ``AckUpload``.
+
+        Raises:
+            ProtocolError, MessageError: It is refused; the site counts as vanished.
+        """
+        if site not in self.inside or site in self.views.acks:
+            raise ProtocolError("phase", f"{self.session}: an ack that was not asked for")
+        upload = decode(data, AckUpload)
+        ack = read_signed(self.consortium, upload.ack, Ack, site)
+        reveal = read_signed(self.consortium, upload.reveal, Reveal, site)
+        self._of_session(ack.tau)
+        self._of_session(reveal.tau)
+        if ack.root != schedule.accepted_root(self.accepted):
+            raise ProtocolError("accepted-set", f"{self.session}: an ack of another accepted set")
+        if [item.site for item in reveal.keys] != sorted(self.excluded):
+            raise ProtocolError("accepted-set", f"{self.session}: mask keys are not of the sites left out")
+        self.views.acks[site] = upload.ack
+        self.views.keys[site] = {item.site: item.key for item in reveal.keys}
+
+    @property
+    def needs_shrinking(self) -> bool:
+        """Whether a site that vanished holds a mask key that is needed, or had too few companions."""
+        return bool(self.excluded) and len(self.views.acks) < len(self.accepted)
+
+    def ack_roll(self) -> bytes:
+        """Return the list of all acks.
+
+        Raises:
+            AttemptError: Fewer than the threshold.
+        """
+        if len(self.views.acks) < self.consortium.charter.threshold:
+            raise AttemptError(
+                f"{self.session}: {len(self.views.acks)} sites agreed to the accepted set, "
+                f"the threshold is {self.consortium.charter.threshold}",
+                self.evidence,
+            )
+        return self.say(AckRoll(self.tau, _by_site(self.views.acks)))
+
+    def add_unmask(self, site: int, data: bytes) -> None:
+        """Take a site's signed ``Unmask``.
+
+        Raises:
+            ProtocolError, MessageError: It is refused; a share that is not the committed one is evidence.
+        """
+        if site not in self.views.acks or site in self.views.shares:
+            raise ProtocolError("phase", f"{self.session}: shares that were not asked for")
+        signed = decode(data, Signed)
+        unmask = read_signed(self.consortium, signed, Unmask, site)
+        self._of_session(unmask.tau)
+        if tuple(item.site for item in unmask.shares) != self.inside:
+            raise ProtocolError("accepted-set", f"{self.session}: shares are not of the accepted sites")
+        for item in unmask.shares:
+            box = self.views.boxes[item.site][site]
+            if schedule.share_hash(item.site, site, item.share) != box.share_hash:
+                self.evidence.append(Evidence(site, "share", (self.views.ready[item.site], signed)))
+                raise ProtocolError("share", f"{self.session}: a share is not the committed one")
+        self.views.shares[site] = {item.site: item.share for item in unmask.shares}
+
+    def finish(self) -> MaskedSum:
+        """Remove the masks and check the sum against the sketches.
+
+        Raises:
+            AttemptError: Too few shares, or shares that a site dealt wrongly.
+        """
+        holders = sorted(self.views.shares)[: self.consortium.charter.threshold]
+        if len(holders) < self.consortium.charter.threshold:
+            raise AttemptError(
+                f"{self.session}: shares of {len(holders)} sites, "
+                f"the threshold is {self.consortium.charter.threshold}",
+                self.evidence,
+            )
+        seeds = self._recover_seeds(holders)
+        total = self._sum
+        if self.level != "sum":
+            for site in self.inside:
+                np.add(total, self._store.get(site), out=total)
+        keys = [schedule.self_key(seeds[site], self.tau) for site in self.inside]
+        signs = [-1] * len(keys)
+        for site in self.inside:
+            for peer, key in self.views.keys.get(site, {}).items():
+                keys.append(key)
+                signs.append(-schedule.pair_sign(site, peer))
+        add_masks(total, keys, signs)
+        fits = True
+        if self.level == "sketch":
+            claimed = np.zeros(2048, np.uint32)
+            for site in self.inside:
+                claimed += self.views.values[site]
+            fits = bool(np.array_equal(sketch_of(total, self.beta), claimed))
+        return MaskedSum(total, fits, seeds)
+
+    def _recover_seeds(self, holders: Sequence[int]) -> dict[int, bytes]:
+        rows = [
+            [np.frombuffer(self.views.shares[h][site], np.uint8) for site in self.inside] for h in holders
+        ]
+        found = shamir.recover_many(holders, np.array(rows))
+        seeds = dict(zip(self.inside, found, strict=True))
+        for site, seed in seeds.items():
+            ready = read_signed(self.consortium, self.views.ready[site], Ready, site)
+            if seed_hash(seed) != ready.seed_hash:
+                self.evidence.append(Evidence(site, "seed", (self.views.ready[site],)))
+        if any(item.rule == "seed" for item in self.evidence):
+            raise AttemptError(f"{self.session}: a site dealt shares that do not fit its seed", self.evidence)
+        return seeds
+
+
+def _by_site(messages: Mapping[int, Signed]) -> tuple[Signed, ...]:
+    return tuple(messages[site] for site in sorted(messages))

@@ -1,0 +1,417 @@
+"""A site's side of a masked sum, as pure functions: state and message in, new state and answer out.
+
+What a site refuses, each with the name of its rule:
+- ``high-water``: a session that is not later than every one before; ``answered``: a round that was unmasked.
+- ``phase``: any message out of order, so also a second masked input, ack or unmasking.
+- ``model``: another model than the one it trained on. ``session``: a message of another session.
+- ``roster``, ``sender``, ``signature``: a key or message that the roster does not bear out.
+- ``own-entry``: a list in which its own message is absent or changed.
+- ``smallest-cohort``: fewer sites than the smallest cohort or the threshold, at any step.
+- ``accepted-set``: an accepted set with a site outside the cohort, one that grows, or without this site.
+- ``overlap``: a site both accepted and left out. ``quorum``: too few signatures on the set it agreed to.
+- ``beacon``: a beacon number that was not committed.
+
+The caller stores the new state and marks before the answer leaves (``fedvision_sites.vault``).
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedvision.errors import MessageError, ProtocolError
+from fedvision.secagg import schedule, shamir
+from fedvision.secagg.codec import encode
+from fedvision.secagg.identity import Identity
+from fedvision.secagg.masking import MaskVector, add_masks
+from fedvision.secagg.merkle import merkle_root, path_fits
+from fedvision.secagg.messages import (
+    Accepted,
+    Ack,
+    AckRoll,
+    AckUpload,
+    Beacon,
+    BeaconRoll,
+    Box,
+    Cohort,
+    Complaint,
+    Masked,
+    MaskedRoll,
+    MaskKey,
+    Offer,
+    Ready,
+    ReadyUpload,
+    Reveal,
+    SeedShare,
+    Session,
+    Signed,
+    Sketch,
+    SketchUpload,
+    Unmask,
+)
+from fedvision.secagg.schedule import Consortium, read_server, read_signed, sign
+from fedvision.secagg.site_state import Marks, Phase, SiteSession, mapping, pairs
+from fedvision.secagg.sketch import sketch as sketch_of
+
+
+@dataclass(frozen=True)
+class SiteMember:
+    """One site in a job: its number, its keys, and everybody's public pair keys.
+
+    Attributes:
+        consortium: Roster and charter.
+        number: This site's.
+        identity: Its Ed25519 key.
+        secrets: X25519 secret key by peer.
+        publics: X25519 public keys by (owner, peer), as ``schedule.read_enrolments`` returns them.
+    """
+
+    consortium: Consortium
+    number: int
+    identity: Identity = field(repr=False)
+    secrets: Mapping[int, bytes] = field(repr=False)
+    publics: Mapping[tuple[int, int], bytes] = field(repr=False)
+
+    @functools.cached_property
+    def pair_keys(self) -> dict[int, bytes]:
+        """K_ij by peer."""
+        return {
+            peer: schedule.pair_key(
+                self.consortium, self.number, peer, secret, self.publics[peer, self.number]
+            )
+            for peer, secret in self.secrets.items()
+        }
+
+    def sign(self, message: object) -> Signed:
+        """Return a message signed by this site."""
+        return sign(self.consortium, self.identity, self.number, message)
+
+    def mask_keys(self, peers: Sequence[int], tau: bytes) -> tuple[list[bytes], list[int]]:
+        """Return the mask keys towards ``peers`` and their signs."""
+        keys = [schedule.mask_key(self.pair_keys[peer], tau) for peer in peers]
+        return keys, [schedule.pair_sign(self.number, peer) for peer in peers]
+
+
+def input_bytes(vector: MaskVector) -> bytes:
+    """Return a vector as it is hashed, stored and sent: little-endian uint32."""
+    return vector.astype("<u4", copy=False).tobytes()
+
+
+def vector_digest(vector: MaskVector) -> bytes:
+    """Return the SHA-256 of a vector's little-endian bytes."""
+    return hashlib.sha256(np.ascontiguousarray(vector, "<u4").data.cast("B")).digest()
+
+
+def seed_hash(seed: bytes) -> bytes:
+    """Return the commitment to a self-mask seed or a beacon number, which are uniform."""
+    return schedule.digest_of("seed", seed)
+
+
+def begin(
+    member: SiteMember, marks: Marks, offer_bytes: bytes, model: bytes, vector: MaskVector
+) -> tuple[Marks, SiteSession, bytes]:
+    """Answer an offer once the input is there (Bonawitz et al. 2017, fig. 4, round 1).
+
+    Args:
+        member: This site.
+        marks: Its high-water marks.
+        offer_bytes: The server's signed offer.
+        model: SHA-256 of the model that the input was made from.
+        vector: The encoded input, uint32.
+
+    Returns:
+        New marks, the state of the session, and the encoded ``ReadyUpload``.
+
+    Raises:
+        ProtocolError: See the module's rules.
+        MessageError: The offer is malformed.
+    """
+    consortium, charter = member.consortium, member.consortium.charter
+    offer = read_server(consortium, offer_bytes, Offer)
+    session = offer.session
+    if not (1 <= session.round <= charter.rounds and 1 <= session.attempt <= charter.max_attempts):
+        raise ProtocolError("session", f"{session}: the charter has {charter.rounds} rounds")
+    first = session.purpose == "train" and session.round == 1
+    if offer.model != model or (first and model.hex() != charter.initial_weights):
+        raise ProtocolError("model", f"{session}: the model is not the one that was offered")
+    marks = marks.begun(session)
+    nonce, seed, beacon = os.urandom(32), os.urandom(32), os.urandom(32)
+    shares = shamir.split(seed, charter.threshold, charter.sites)
+    context = schedule.session_bytes(session)
+    boxes = []
+    for peer in charter.sites:
+        sealed = b""
+        if peer != member.number:
+            pair = member.pair_keys[peer]
+            sealed = schedule.seal(pair, "share", context, nonce, member.number, peer, shares[peer])
+        boxes.append(Box(peer, schedule.share_hash(member.number, peer, shares[peer]), sealed))
+    root = merkle_root([box_leaf(box) for box in boxes])
+    ready = member.sign(Ready(session, model, nonce, seed_hash(seed), seed_hash(beacon), root))
+    state = SiteSession(
+        step=marks.step,
+        session=session,
+        phase="ready",
+        model=model,
+        ready=ready,
+        nonce=nonce,
+        seed=seed,
+        beacon=beacon,
+        own_share=shares[member.number],
+        input_digest=vector_digest(vector),
+    )
+    return marks, state, encode(ReadyUpload(ready, tuple(boxes)))
+
+
+def box_leaf(box: Box) -> bytes:
+    """Return what a box is in the Merkle tree: receiver, hash of the share, ciphertext."""
+    return bytes([box.receiver]) + box.share_hash + box.sealed
+
+
+def _move(marks: Marks, state: SiteSession, phase: Phase, **changes: object) -> tuple[Marks, SiteSession]:
+    marks = marks.stepped()
+    return marks, replace(state, step=marks.step, phase=phase, **changes)  # type: ignore[arg-type]
+
+
+def _expect(state: SiteSession, *phases: Phase) -> None:
+    if state.phase not in phases:
+        raise ProtocolError("phase", f"{state.session}: a message out of order after {state.phase}")
+
+
+def _enough(member: SiteMember, count: int) -> None:
+    if count < member.consortium.quorum:
+        raise ProtocolError(
+            "smallest-cohort", f"{count} sites, but the charter needs {member.consortium.quorum}"
+        )
+
+
+def _ascending(senders: Sequence[int], allowed: Sequence[int], own: int) -> None:
+    if list(senders) != sorted(set(senders)) or not set(senders) <= set(allowed):
+        raise ProtocolError("roster", "a list of sites is not ascending, or names one from outside")
+    if own not in senders:
+        raise ProtocolError("own-entry", "this site is not in a list that it must be in")
+
+
+def mask(
+    member: SiteMember,
+    marks: Marks,
+    state: SiteSession,
+    cohort_bytes: bytes,
+    vector: MaskVector,
+    threads: int = 1,
+) -> tuple[Marks, SiteSession, bytes, MaskVector | None]:
+    """Mask the input for exactly the cohort that was shown (Bonawitz et al. 2017, fig. 4, round 2).
+
+    ``vector`` becomes the masked input in place:
+    ``y_i = q_i + PRG(self) + sum_{j>i} PRG(k_ij) - sum_{j<i} PRG(k_ij)``.
+
+    Returns:
+        New marks, new state, the signed ``Masked`` or ``Complaint``, and the masked input (None with a
+        complaint, after which this site is out of the session).
+
+    Raises:
+        ProtocolError: See the module's rules.
+        MessageError: The message is malformed.
+    """
+    _expect(state, "ready")
+    if vector_digest(vector) != state.input_digest:
+        raise ProtocolError("input", f"{state.session}: the stored input is not the one that was committed")
+    cohort = read_server(member.consortium, cohort_bytes, Cohort)
+    if cohort.session != state.session:
+        raise ProtocolError("session", f"{state.session}: the cohort is of another session")
+    readies = read_cohort(member, state, cohort)
+    shares = {member.number: state.own_share}
+    for entry in cohort.entries:
+        dealer = entry.ready.sender
+        if dealer == member.number:
+            continue
+        try:
+            shares[dealer] = open_box(member, state.session, readies[dealer], dealer, entry.box)
+        except MessageError:
+            marks, state = _move(marks, state, "over")
+            complaint = Complaint(state.session, dealer, member.secrets[dealer])
+            return marks, state, encode(member.sign(complaint)), None
+    ordered = [entry.ready for entry in cohort.entries]
+    tau = schedule.make_tau(member.consortium, state.session, state.model, ordered)
+    peers = [number for number in readies if number != member.number]
+    keys, signs = member.mask_keys(peers, tau)
+    add_masks(vector, [schedule.self_key(state.seed, tau), *keys], [1, *signs], threads)
+    digest = vector_digest(vector)
+    marks, state = _move(
+        marks,
+        state,
+        "masked",
+        tau=tau,
+        cohort=pairs({number: ready.beacon_hash for number, ready in readies.items()}),
+        seed_shares=pairs(shares),
+        masked=pairs({member.number: digest}),
+    )
+    return marks, state, encode(member.sign(Masked(tau, digest))), vector
+
+
+def read_cohort(member: SiteMember, state: SiteSession, cohort: Cohort) -> dict[int, Ready]:
+    """Return the cohort's ready messages by site after all checks of list, signatures and Merkle paths."""
+    charter = member.consortium.charter
+    _ascending([entry.ready.sender for entry in cohort.entries], charter.sites, member.number)
+    _enough(member, len(cohort.entries))
+    index, count = charter.sites.index(member.number), len(charter.sites)
+    readies = {}
+    for entry in cohort.entries:
+        ready = read_signed(member.consortium, entry.ready, Ready)
+        if ready.session != state.session or ready.model != state.model:
+            raise ProtocolError("session", f"{state.session}: a ready message is of another session or model")
+        if entry.ready.sender == member.number and entry.ready.body != state.ready.body:
+            raise ProtocolError("own-entry", f"{state.session}: the site's own ready message was changed")
+        fits = path_fits(ready.boxes_root, box_leaf(entry.box), index, count, entry.path)
+        if entry.box.receiver != member.number or not fits:
+            raise ProtocolError("box", f"{state.session}: a box is not the one that its dealer signed")
+        readies[entry.ready.sender] = ready
+    return readies
+
+
+def open_box(member: SiteMember, session: Session, ready: Ready, dealer: int, box: Box) -> bytes:
+    """Return the share in a box.
+
+    Raises:
+        MessageError: It does not open, or is not the share that the dealer committed to.
+    """
+    context, pair = schedule.session_bytes(session), member.pair_keys[dealer]
+    share = schedule.unseal(pair, "share", context, ready.nonce, dealer, member.number, box.sealed)
+    if len(share) != 32 or schedule.share_hash(dealer, member.number, share) != box.share_hash:
+        raise MessageError("a share is not the one that was committed")
+    return share
+
+
+def reveal_beacon(
+    member: SiteMember, marks: Marks, state: SiteSession, roll_bytes: bytes
+) -> tuple[Marks, SiteSession, bytes]:
+    """Reveal the beacon number, once all inputs are committed; see ``begin`` for the rest."""
+    _expect(state, "masked")
+    if member.consortium.level(state.session.purpose) == "sum":
+        raise ProtocolError("phase", f"{state.session}: this sum has no sketch")
+    roll = read_server(member.consortium, roll_bytes, MaskedRoll)
+    _session(state, roll.tau)
+    numbers = [entry.sender for entry in roll.entries]
+    _ascending(numbers, list(mapping(state.cohort)), member.number)
+    _enough(member, len(numbers))
+    digests = {}
+    for entry in roll.entries:
+        masked = read_signed(member.consortium, entry, Masked)
+        _session(state, masked.tau)
+        digests[entry.sender] = masked.digest
+    if digests[member.number] != mapping(state.masked)[member.number]:
+        raise ProtocolError("own-entry", f"{state.session}: the site's own masked input was changed")
+    root = schedule.masked_root(digests)
+    marks, state = _move(marks, state, "beacon", masked=pairs(digests), root=root)
+    return marks, state, encode(member.sign(Beacon(state.tau, root, state.beacon)))
+
+
+def _session(state: SiteSession, tau: bytes) -> None:
+    if tau != state.tau:
+        raise ProtocolError("session", f"{state.session}: a message is of another session")
+
+
+def read_beacons(member: SiteMember, state: SiteSession, roll: BeaconRoll) -> dict[int, bytes]:
+    """Return the beacon numbers by site; each must be the one that the site committed to."""
+    numbers = [entry.sender for entry in roll.entries]
+    _ascending(numbers, list(mapping(state.masked)), member.number)
+    _enough(member, len(numbers))
+    found, committed = {}, mapping(state.cohort)
+    for entry in roll.entries:
+        beacon = read_signed(member.consortium, entry, Beacon)
+        _session(state, beacon.tau)
+        if beacon.root != state.root:
+            raise ProtocolError("beacon", f"{state.session}: sites saw different masked inputs")
+        if seed_hash(beacon.number) != committed[entry.sender]:
+            raise ProtocolError("beacon", f"{state.session}: a beacon number is not the committed one")
+        found[entry.sender] = beacon.number
+    return found
+
+
+def send_sketch(
+    member: SiteMember, marks: Marks, state: SiteSession, roll_bytes: bytes, vector: MaskVector
+) -> tuple[Marks, SiteSession, bytes]:
+    """Sketch the input with the map that all beacon numbers draw; see ``begin`` for the rest."""
+    _expect(state, "beacon")
+    roll = read_server(member.consortium, roll_bytes, BeaconRoll)
+    _session(state, roll.tau)
+    if vector_digest(vector) != state.input_digest:
+        raise ProtocolError("input", f"{state.session}: the stored input is not the one that was committed")
+    numbers = read_beacons(member, state, roll)
+    beta = schedule.make_beta(state.tau, state.root, numbers)
+    values = sketch_of(vector, beta)
+    members = {number: digest for number, digest in mapping(state.masked).items() if number in numbers}
+    message = Sketch(state.tau, beta, input_bytes(values), bytes(32), bytes(32))
+    marks, state = _move(marks, state, "sketched", beta=beta, masked=pairs(members))
+    return marks, state, encode(SketchUpload(member.sign(message), ()))
+
+
+def acknowledge(
+    member: SiteMember, marks: Marks, state: SiteSession, accepted_bytes: bytes
+) -> tuple[Marks, SiteSession, bytes]:
+    """Agree to an accepted set; reveal the mask keys towards the others of the cohort, and nothing else.
+
+    May be asked again for a strictly smaller set, when a site of the set has vanished.
+    """
+    level = member.consortium.level(state.session.purpose)
+    last: dict[str, Phase] = {"sum": "masked", "sketch": "sketched", "gram": "held"}
+    _expect(state, last[level], "acked")
+    accepted = read_server(member.consortium, accepted_bytes, Accepted)
+    _session(state, accepted.tau)
+    cohort, known = set(mapping(state.cohort)), mapping(state.masked)
+    digests = {entry.site: entry.digest for entry in accepted.entries}
+    inside, outside = set(digests), {item.site for item in accepted.excluded}
+    if inside & outside:
+        raise ProtocolError("overlap", f"{state.session}: a site is both accepted and left out")
+    if inside | outside != cohort or len(inside) != len(accepted.entries):
+        raise ProtocolError("accepted-set", f"{state.session}: accepted and left out are not the cohort")
+    if list(digests) != sorted(digests) or member.number not in inside:
+        raise ProtocolError(
+            "accepted-set", f"{state.session}: the set is not ascending or leaves this site out"
+        )
+    allowed = cohort if level == "sum" else set(known)
+    if not inside <= allowed or any(known.get(i, digests[i]) != digests[i] for i in inside):
+        raise ProtocolError("accepted-set", f"{state.session}: the set names an input that was not committed")
+    if state.phase == "acked" and not inside < set(mapping(state.accepted)):
+        raise ProtocolError(
+            "accepted-set", f"{state.session}: a second accepted set must be strictly smaller"
+        )
+    _enough(member, len(inside))
+    root = schedule.accepted_root(accepted.entries)
+    peers = sorted(outside)
+    keys, _ = member.mask_keys(peers, state.tau)
+    reveal = Reveal(state.tau, tuple(map(MaskKey, peers, keys)), b"")
+    marks, state = _move(marks, state, "acked", accepted=pairs(digests), root=root)
+    upload = AckUpload(member.sign(Ack(state.tau, root)), member.sign(reveal))
+    return marks, state, encode(upload)
+
+
+def unmask(
+    member: SiteMember, marks: Marks, state: SiteSession, roll_bytes: bytes
+) -> tuple[Marks, SiteSession, bytes]:
+    """Reveal the shares of the accepted sites' seeds, once, on enough signatures (Bonawitz et al. 2017,
+    fig. 4, rounds 3 and 4)."""
+    _expect(state, "acked")
+    roll = read_server(member.consortium, roll_bytes, AckRoll)
+    _session(state, roll.tau)
+    inside = mapping(state.accepted)
+    senders = [entry.sender for entry in roll.entries]
+    if list(senders) != sorted(set(senders)) or not set(senders) <= set(inside):
+        raise ProtocolError("quorum", f"{state.session}: a signature is of a site outside the accepted set")
+    for entry in roll.entries:
+        ack = read_signed(member.consortium, entry, Ack)
+        if ack.tau != state.tau or ack.root != state.root:
+            raise ProtocolError("quorum", f"{state.session}: a signature is on another accepted set")
+    if len(senders) < member.consortium.charter.threshold:
+        raise ProtocolError(
+            "quorum",
+            f"{state.session}: {len(senders)} signatures, "
+            f"the threshold is {member.consortium.charter.threshold}",
+        )
+    marks = marks.unmasking(state.session)
+    state = replace(state, step=marks.step, phase="unmasked")
+    held = mapping(state.seed_shares)
+    shares = tuple(SeedShare(number, held[number]) for number in inside)
+    return marks, state, encode(member.sign(Unmask(state.tau, shares)))

@@ -1,0 +1,341 @@
+"""Secure sums of a run: carries the protocol's steps over the link, attempt by attempt, and keeps the record.
+
+    secagg/roster.json, charter.json, governance.pub   what the consortium signed
+    secagg/attempts.json                               the last attempt begun, for each purpose
+    secagg/transcripts/train-0003                      the signed record of a finished sum
+    secagg/sums/train-0003                             the sum, little-endian uint32
+    secagg/evidence/train-0003-1-site-4                a proven lie
+    secagg/expelled.json                               sites that are out, and why
+
+Rules:
+- An attempt is on disk before its offer leaves; a server that was killed begins another, with fresh masks.
+- A site whose lie is proven is out for the rest of the job, and the attempt is done again without it; where
+  the shares had left already, the whole round is thrown away.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from fedvision.secagg.masking import MaskVector
+
+from fedvision.errors import MessageError, ProtocolError, RoundError
+from fedvision.secagg import schedule
+from fedvision.secagg.codec import decode, encode
+from fedvision.secagg.dispute import Trial
+from fedvision.secagg.identity import Identity
+from fedvision.secagg.messages import Documents, EnrolmentRoll, Evidence, Purpose, Session, Signed
+from fedvision.secagg.schedule import Consortium
+from fedvision.secagg.server import AttemptError, MaskedSum, SumRound
+from fedvision.secagg.transcript import make_transcript
+from fedvision.storage import read_json, write_atomic, write_json
+from fedvision.wire.messages import HelloReply, Refusal, Request, SecureReply, SecureRequest, Step, as_vector
+
+if TYPE_CHECKING:
+    from fedvision_server.federation import Federation
+
+logger = logging.getLogger(__name__)
+Offered = Callable[[str, bytes], Request]
+MAX_UNEXPLAINED = 3
+"""Attempts of a round that may fail for want of sites, with no lie proven, before the run stops."""
+
+
+@dataclass(frozen=True)
+class ServerKeys:
+    """What the server needs for secure aggregation.
+
+    Attributes:
+        consortium: Roster and charter, verified.
+        documents: The same as signed.
+        identity: The server's key.
+    """
+
+    consortium: Consortium
+    documents: Documents = field(repr=False)
+    identity: Identity = field(repr=False)
+
+
+class ThrownAway(RoundError):
+    """A round was unmasked, but its sum is not what the sites had sketched: it cannot be used or redone."""
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """A finished sum.
+
+    Attributes:
+        total: uint32.
+        sites: Names of the accepted sites.
+        level: What ran.
+    """
+
+    total: MaskVector = field(repr=False)
+    sites: tuple[str, ...]
+    level: str
+
+
+class DiskStore:
+    """Keeps masked inputs in a folder until the end of a round; see ``secagg.server.Store``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, site: int, vector: MaskVector) -> None:
+        """Keep a vector."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        vector.astype("<u4", copy=False).tofile(self._folder / str(site))
+
+    def get(self, site: int) -> MaskVector:
+        """Return it, mapped from disk."""
+        return np.memmap(self._folder / str(site), "<u4", mode="r")
+
+    def clear(self) -> None:
+        """Remove all."""
+        for path in self._folder.glob("*") if self._folder.exists() else ():
+            path.unlink()
+
+
+class SecureServer:
+    """The server's part in secure aggregation over a whole job.
+
+    Args:
+        keys: Consortium and the server's key.
+        folder: The run folder.
+        federation: The sites, met.
+        replies: What they said to hello, by name.
+    """
+
+    def __init__(self, keys: ServerKeys, folder: Path, federation: "Federation") -> None:
+        self._keys = keys
+        self._folder = folder / "secagg"
+        self._federation = federation
+        self._store = DiskStore(self._folder / "masked")
+        self.consortium = keys.consortium
+        roster = self.consortium.roster
+        self.names = {number: roster.member(number).name for number in self.consortium.charter.sites}
+        self.numbers = {name: number for number, name in self.names.items()}
+        expelled = self._folder / "expelled.json"
+        self.expelled: dict[str, str] = read_json(expelled) if expelled.exists() else {}
+        self._publics = self._enrol(federation.sizes)
+
+    def _enrol(self, replies: Mapping[str, HelloReply]) -> dict[tuple[int, int], bytes]:
+        """Gather the sites' enrolments and give everybody all of them.
+
+        Raises:
+            RoundError: A site is absent, or its enrolment is not in order.
+        """
+        sites = [self.names[number] for number in self.consortium.charter.sites]
+        try:
+            entries = tuple(decode(replies[site].enrolment.tobytes(), Signed) for site in sites)
+            publics = schedule.read_enrolments(self.consortium, entries)
+        except KeyError as error:
+            raise RoundError(f"site {error.args[0]} of the charter does not answer") from None
+        except (ProtocolError, MessageError) as error:
+            raise RoundError(f"the sites' enrolments are not in order: {error}") from None
+        roll = self._say(EnrolmentRoll(entries))
+        done = set(self._gather("enrolled", 0, dict.fromkeys(sites, roll), lambda site, reply: None))
+        for site in sites:
+            if site not in done:
+                raise RoundError(
+                    f"site {site} did not take the list of enrolments", f"the log of {site} says why"
+                )
+        return publics
+
+    def _say(self, message: object) -> bytes:
+        return encode(schedule.sign(self.consortium, self._keys.identity, 0, message))
+
+    def _gather(
+        self,
+        step: Step,
+        number: int,
+        bodies: Mapping[str, bytes],
+        take: Callable[[int, SecureReply], None],
+        requests: Mapping[str, Request] | None = None,
+    ) -> Iterator[str]:
+        """Ask sites for a step, hand each answer to ``take``, and yield the sites whose answer it took."""
+        digest, charter = self._federation.job.digest(), self.consortium.digest.hex()
+        made: dict[bytes, Request] = {}
+        if requests is None:
+            for body in bodies.values():
+                if body not in made:
+                    made[body] = SecureRequest(digest, number, charter, step, as_vector(body))
+            requests = {site: made[body] for site, body in bodies.items()}
+        for site, reply in self._federation.ask(requests):
+            event = {"event": "secure", "round": number, "step": step, "site": site}
+            if not isinstance(reply, SecureReply) or reply.step != step:
+                reason = reply.code if isinstance(reply, Refusal) else "message"
+                self._federation.tell({**event, "status": "failed", "reason": reason})
+                continue
+            try:
+                take(self.numbers[site], reply)
+            except AttemptError:
+                raise
+            except (ProtocolError, MessageError) as error:
+                self._federation.tell({**event, "status": "refused", "reason": str(error)})
+                continue
+            yield site
+
+    def add_up(
+        self,
+        purpose: Purpose,
+        number: int,
+        model: bytes,
+        sites: Sequence[str],
+        length: int,
+        request: Offered,
+        on_ready: Callable[[str], None],
+    ) -> SecureSum:
+        """Return the sum of the sites' inputs, after as many attempts as it takes.
+
+        Args:
+            purpose: What is summed.
+            number: The round.
+            model: SHA-256 of the model that the inputs are made from.
+            sites: Whom to ask.
+            length: Number of coordinates of an input.
+            request: Makes the request that a session starts with, from charter and offer.
+            on_ready: Is told each site that has its input.
+
+        Raises:
+            ThrownAway: The sum is wrong and its shares have left; the liars are out.
+            RoundError: Too few sites, attempt after attempt.
+        """
+        last, unexplained = "", 0
+        for session in self._attempts(purpose, number):
+            left = [site for site in sites if site not in self.expelled]
+            try:
+                return self._attempt(session, model, left, length, request, on_ready)
+            except AttemptError as error:
+                last = str(error)
+                self._expel(session, error.evidence)
+                event = {"event": "attempt", "round": number, "purpose": purpose, "attempt": session.attempt}
+                self._federation.tell({**event, "status": "failed", "reason": last})
+                remaining = [site for site in left if site not in self.expelled]
+                unexplained += remaining == left
+                if len(remaining) < self.consortium.quorum or unexplained == MAX_UNEXPLAINED:
+                    break
+            finally:
+                self._store.clear()
+        raise RoundError(
+            f"{purpose} round {number}: no sum could be made: {last or 'no attempt is left'}",
+            "rounds.jsonl says which site failed at which step, and each site's log.jsonl why",
+        )
+
+    def _attempts(self, purpose: Purpose, number: int) -> Iterator[Session]:
+        path = self._folder / "attempts.json"
+        begun: dict[str, list[int]] = read_json(path) if path.exists() else {}
+        before, attempt = begun.get(purpose, [0, 0])
+        attempt = attempt if before == number else 0
+        while attempt < self.consortium.charter.max_attempts:
+            attempt += 1
+            write_json(path, {**begun, purpose: [number, attempt]})
+            yield Session(purpose, number, attempt)
+
+    def _attempt(
+        self,
+        session: Session,
+        model: bytes,
+        sites: Sequence[str],
+        length: int,
+        request: Offered,
+        on_ready: Callable[[str], None],
+    ) -> SecureSum:
+        """Do all steps of one attempt, in the order of ``secagg.messages``."""
+        bound = self.consortium.encoding.norm_bound
+        attempt = SumRound(
+            self.consortium, self._publics, self._keys.identity, session, model, length, bound, self._store
+        )
+        number = session.round
+        offered = request(self.consortium.digest.hex(), attempt.offer())
+
+        def each(step: Step, bodies: Mapping[int, bytes], take: Callable[[int, bytes], None]) -> None:
+            named = {self.names[site]: body for site, body in bodies.items()}
+            list(self._gather(step, number, named, lambda site, reply: take(site, reply.body.tobytes())))
+
+        def take_ready(site: int, reply: SecureReply) -> None:
+            attempt.add_ready(site, reply.body.tobytes())
+
+        def take_masked(site: int, reply: SecureReply) -> None:
+            attempt.add_masked(site, reply.body.tobytes(), reply.masked)
+
+        for site in self._gather("ready", number, {}, take_ready, dict.fromkeys(sites, offered)):
+            on_ready(site)
+        bodies = {self.names[site]: body for site, body in attempt.weave().items()}
+        list(self._gather("mask", number, bodies, take_masked))
+        if attempt.level != "sum":
+            each("beacon", dict.fromkeys(attempt.views.masked, attempt.masked_roll()), attempt.add_beacon)
+            each("sketch", dict.fromkeys(attempt.views.beacons, attempt.beacon_roll()), attempt.add_sketch)
+        accepted = attempt.accept()
+        each("accept", dict.fromkeys(attempt.inside, accepted), attempt.add_ack)
+        while attempt.needs_shrinking:
+            accepted = attempt.shrink()
+            each("accept", dict.fromkeys(attempt.inside, accepted), attempt.add_ack)
+        each("unmask", dict.fromkeys(attempt.views.acks, attempt.ack_roll()), attempt.add_unmask)
+        outcome = attempt.finish()
+        self._tell_excluded(attempt)
+        self._expel(session, attempt.evidence)
+        if not outcome.fits:
+            self._try(attempt, outcome)
+        self._keep(attempt, outcome)
+        return SecureSum(outcome.total, tuple(self.names[site] for site in attempt.inside), attempt.level)
+
+    def _tell_excluded(self, attempt: SumRound) -> None:
+        for site, reason in attempt.excluded.items():
+            event = {"event": attempt.session.purpose, "round": attempt.session.round}
+            self._federation.tell({**event, "site": self.names[site], "status": "refused", "reason": reason})
+
+    def _try(self, attempt: SumRound, outcome: MaskedSum) -> None:
+        """Find out who lied and throw the round away.
+
+        Raises:
+            ThrownAway: Always.
+        """
+        trial, number = Trial(attempt, outcome), attempt.session.round
+        bodies = {self.names[site]: trial.request() for site in attempt.inside}
+        list(
+            self._gather(
+                "dispute", number, bodies, lambda i, reply: trial.add_report(i, reply.body.tobytes())
+            )
+        )
+        for pair in trial.disputed_pairs():
+            for site, peer in (pair, pair[::-1]):
+
+                def take(i: int, reply: SecureReply, peer: int = peer) -> None:
+                    trial.add_opening(i, peer, reply.body.tobytes())
+
+                list(self._gather("open", number, {self.names[site]: trial.open_request(site, peer)}, take))
+        found = trial.verdict()
+        self._expel(attempt.session, found)
+        names = ", ".join(self.names[item.site] for item in found) or "nobody"
+        raise ThrownAway(
+            f"round {number}: the sum is not the sum of the sketches; it is thrown away, and {names} is out"
+        )
+
+    def _expel(self, session: Session, evidence: Sequence[Evidence]) -> None:
+        for item in evidence:
+            name = self.names[item.site]
+            if name in self.expelled:
+                continue
+            where = f"{session.purpose}-{session.round:04d}-{session.attempt}-site-{item.site}"
+            write_atomic(self._folder / "evidence" / where, encode(item))
+            self.expelled[name] = item.rule
+            write_json(self._folder / "expelled.json", self.expelled)
+            self._federation.tell(
+                {
+                    "event": "expelled",
+                    "round": session.round,
+                    "site": name,
+                    "rule": item.rule,
+                    "evidence": where,
+                }
+            )
+
+    def _keep(self, attempt: SumRound, outcome: MaskedSum) -> None:
+        name = f"{attempt.session.purpose}-{attempt.session.round:04d}"
+        if self._federation.job.secure_aggregation.keep_sums:
+            little = np.ascontiguousarray(outcome.total, "<u4")
+            write_atomic(self._folder / "sums" / name, little.data.cast("B"))
+        write_atomic(self._folder / "transcripts" / name, encode(make_transcript(attempt, outcome)))

@@ -1,0 +1,243 @@
+"""A site's part in secure aggregation: enrols, begins sessions, answers steps, and keeps the vault.
+
+The steps themselves are ``fedvision.secagg.site``. Rules:
+- Roster and charter count only with the signature of the governance key that this site has pinned, and the
+  charter only if it says what the job says.
+- What a step changes is stored in the ``Vault`` before its answer is returned.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from fedvision.secagg.masking import MaskVector
+
+from fedvision.config import Job
+from fedvision.errors import ProtocolError
+from fedvision.secagg import dispute, identity, schedule
+from fedvision.secagg import site as protocol
+from fedvision.secagg.codec import decode, encode
+from fedvision.secagg.messages import Documents, Enrolment, EnrolmentRoll, Offer, PairPublic, Session
+from fedvision.secagg.roster import parse_signed
+from fedvision.secagg.schedule import Consortium, read_server
+from fedvision.secagg.site import SiteMember
+from fedvision.updates.layout import Layout
+from fedvision.wire.messages import SecureReply, SecureRequest, as_vector
+from fedvision_sites.vault import EnrolmentFile, Vault
+
+NOTHING = np.zeros(0, np.uint32)
+
+
+@dataclass(frozen=True)
+class SecureConfig:
+    """Where a site's keys and marks lie, and whom it trusts.
+
+    Attributes:
+        identity: File of its Ed25519 key.
+        governance: The pinned public key of the consortium's governance, 32 bytes.
+        guard: Folder of the high-water marks, outside of the state folder.
+    """
+
+    identity: Path
+    governance: bytes = field(repr=False)
+    guard: Path
+
+
+def enrol(
+    config: SecureConfig, name: str, state: Path, job: Job, layout: Layout, documents_bytes: bytes
+) -> bytes:
+    """Check roster and charter, make a key for each peer, and return the signed ``Enrolment``.
+
+    Asked again, it returns the same enrolment.
+
+    Args:
+        config: Keys and trust.
+        name: This site's name in the roster.
+        state: Its state folder.
+        job: The job; what the charter says must agree with it.
+        layout: Of the job's network.
+        documents_bytes: The encoded ``Documents``.
+
+    Returns:
+        The encoded, signed ``Enrolment``; nothing for a site that the charter does not enrol, because it
+        only tests.
+
+    Raises:
+        ProtocolError, MessageError: A document is not signed by the pinned key, or not what it must be.
+        StorageError: The site's own key cannot be read.
+    """
+    documents = decode(documents_bytes, Documents)
+    consortium = read_documents(documents, config.governance)
+    own = identity.load(config.identity)
+    number = consortium.roster.number_of(name)
+    if bytes.fromhex(consortium.roster.member(number).key) != own.public:
+        raise ProtocolError("roster", "the roster has another key for this site")
+    check_charter(consortium, job, layout)
+    if number not in consortium.charter.sites:
+        return b""
+    vault = Vault(state, config.guard, consortium.digest)
+    found = vault.enrolment()
+    if found is None:
+        secrets, publics = schedule.make_pair_keys([i for i in consortium.charter.sites if i != number])
+        message = Enrolment(tuple(PairPublic(peer, key) for peer, key in publics.items()))
+        signed = schedule.sign(consortium, own, number, message)
+        pairs = tuple(PairPublic(peer, key) for peer, key in secrets.items())
+        found = EnrolmentFile(number, documents.roster, documents.charter, pairs, signed, EnrolmentRoll(()))
+        vault.save_enrolment(found)
+    return encode(found.own)
+
+
+def read_documents(documents: Documents, governance: bytes) -> Consortium:
+    """Return roster and charter after their signatures were verified.
+
+    Raises:
+        MessageError: A document is malformed or not signed by ``governance``.
+        ProtocolError: The charter is of another roster.
+    """
+    roster = parse_signed(documents.roster, "roster", governance)
+    charter = parse_signed(documents.charter, "charter", governance)
+    if charter.roster != roster.digest().hex() or charter.federation != roster.federation:
+        raise ProtocolError("charter", "the charter is of another roster")
+    return Consortium(roster, charter)
+
+
+def check_charter(consortium: Consortium, job: Job, layout: Layout) -> None:
+    """Check that a charter says what the job says.
+
+    Raises:
+        ProtocolError: A field differs; it is named.
+    """
+    charter = consortium.charter
+    for field_name, theirs, ours in (
+        ("job", charter.job, job.digest()),
+        ("layout", charter.layout, layout.digest),
+        ("size", charter.size, layout.size),
+        ("clip_norm", charter.clip_norm, job.aggregation.clip_norm),
+        ("rounds", charter.rounds, job.rounds),
+        ("smallest_cohort", charter.smallest_cohort, job.secure_aggregation.smallest_cohort),
+    ):
+        if theirs != ours:
+            raise ProtocolError(f"charter-{field_name}", f"{field_name} of the charter is not the job's")
+    releases = "test_by_site" in charter.releases
+    if releases != ("test" in job.secure_aggregation.release):
+        raise ProtocolError("charter-releases", "releases of the charter are not the job's")
+
+
+class SecureSite:
+    """One site in one job, over the lifetime of a process.
+
+    Args:
+        config: Keys and trust.
+        name: The site's name.
+        state: Its state folder.
+        charter: SHA-256 of the charter in hexadecimal, as requests carry it.
+        threads: CPU threads for masks.
+
+    Raises:
+        ProtocolError: The site is not enrolled under this charter.
+    """
+
+    def __init__(self, config: SecureConfig, name: str, state: Path, charter: str, threads: int) -> None:
+        digest = bytes.fromhex(charter) if len(charter) == 64 else b""
+        self._config = config
+        self._name = name
+        self._threads = threads
+        self._vault = Vault(state, config.guard, digest)
+        found = self._vault.enrolment()
+        if found is None:
+            raise ProtocolError("roster", "this site is not enrolled under that charter")
+        self._enrolment = found
+        self.consortium = read_documents(Documents(found.roster, found.charter), config.governance)
+
+    def save_roll(self, data: bytes) -> None:
+        """Check and keep everybody's enrolments, from the server's signed ``EnrolmentRoll``.
+
+        Raises:
+            ProtocolError, MessageError: See ``schedule.read_enrolments``; or this site's own was changed.
+        """
+        roll = read_server(self.consortium, data, EnrolmentRoll)
+        publics = schedule.read_enrolments(self.consortium, roll.entries)
+        own = self._enrolment
+        for item in own.secrets:
+            if publics[own.number, item.peer] != schedule.public_of(item.key):
+                raise ProtocolError("own-entry", "this site's enrolment was changed")
+        if own.roll.entries and own.roll != roll:
+            raise ProtocolError("roster", "the enrolments are not those of before")
+        self._enrolment = EnrolmentFile(own.number, own.roster, own.charter, own.secrets, own.own, roll)
+        self._vault.save_enrolment(self._enrolment)
+
+    @functools.cached_property
+    def member(self) -> SiteMember:
+        """This site with its keys.
+
+        Raises:
+            ProtocolError: Enrolment is not complete.
+        """
+        found = self._enrolment
+        publics = schedule.read_enrolments(self.consortium, found.roll.entries)
+        secrets = {item.peer: item.key for item in found.secrets}
+        own = identity.load(self._config.identity)
+        return SiteMember(self.consortium, found.number, own, secrets, publics)
+
+    def open_session(self, offer: bytes) -> Session:
+        """Return the session of an offer, if this site may begin it; called before the work is done.
+
+        Raises:
+            ProtocolError: The offer is not the server's, or the session is not later than all before.
+        """
+        session = read_server(self.consortium, offer, Offer).session
+        self._vault.marks().begun(session)
+        return session
+
+    def pending(self, session: Session, model: bytes) -> MaskVector | None:
+        """Return the input that an earlier attempt left, None where there is none."""
+        return self._vault.load_input(session, model)
+
+    def keep(self, session: Session, model: bytes, vector: MaskVector) -> None:
+        """Keep the input of a round until it ends."""
+        self._vault.save_input(session, model, vector)
+
+    def begin(self, offer: bytes, model: bytes, vector: MaskVector) -> bytes:
+        """Return the ``ReadyUpload`` of a session; see ``fedvision.secagg.site.begin``."""
+        marks, state, answer = protocol.begin(self.member, self._vault.marks(), offer, model, vector)
+        self._vault.save(marks, state)
+        return answer
+
+    def answer(self, request: SecureRequest) -> SecureReply:
+        """Do one step after ``begin``.
+
+        Raises:
+            ProtocolError, MessageError: The step is refused.
+        """
+        marks, body, masked = self._vault.marks(), request.body.tobytes(), NOTHING
+        state, member = self._vault.session(marks), self.member
+        step = request.step
+        if step == "mask":
+            marks, state, answer, vector = protocol.mask(
+                member, marks, state, body, self._input(state), self._threads
+            )
+            masked = NOTHING if vector is None else vector
+        elif step == "beacon":
+            marks, state, answer = protocol.reveal_beacon(member, marks, state, body)
+        elif step == "sketch":
+            marks, state, answer = protocol.send_sketch(member, marks, state, body, self._input(state))
+        elif step == "accept":
+            marks, state, answer = protocol.acknowledge(member, marks, state, body)
+        elif step == "unmask":
+            marks, state, answer = protocol.unmask(member, marks, state, body)
+        elif step == "dispute":
+            marks, state, answer = dispute.report(member, marks, state, body, self._input(state))
+        elif step == "open":
+            length = self._input(state).size
+            marks, state, answer = dispute.open_pair(member, marks, state, body, length)
+        else:
+            raise ProtocolError("phase", f"no such step after {state.phase}")
+        self._vault.save(marks, state)
+        return SecureReply(request.job_digest, self._name, request.round, step, as_vector(answer), masked)
+
+    def _input(self, state: protocol.SiteSession) -> MaskVector:
+        found = self._vault.load_input(state.session, state.model)
+        if found is None:
+            raise ProtocolError("input", f"{state.session}: the site's input is gone")
+        return found

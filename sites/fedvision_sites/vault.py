@@ -1,0 +1,146 @@
+"""What a site keeps on disk for secure aggregation, all 0600, written whole or not at all.
+
+    STATE/secagg/CHARTER/enrolment   roster, charter, this site's pair keys, later everybody's public keys
+    STATE/secagg/CHARTER/session     secrets and progress of the session under way
+    STATE/secagg/CHARTER/input-*     its encoded input, so that another attempt needs no new training
+    GUARD/CHARTER                    the high-water marks
+
+Rules:
+- Marks are on disk before an answer leaves, and before the session that goes with them.
+- The marks lie in another folder than the state, which backups should leave out. A session whose step is not
+  the marks' step is of a restored backup, or of a write that a crash cut off: it is dead. So an old
+  state folder brings back no session; and what it lost, the site counts as a drop-out, no more.
+- Without its marks a site that was enrolled does not answer: nothing shows how far it went.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import numpy as np
+from fedvision.secagg.masking import MaskVector
+
+from fedvision.errors import MessageError, ProtocolError, StorageError
+from fedvision.secagg.codec import U8, AtMost, decode, encode, message
+from fedvision.secagg.messages import EnrolmentRoll, PairPublic, Session, Signed
+from fedvision.secagg.site_state import Marks, SiteSession
+from fedvision.storage import write_atomic
+
+PRIVATE = 0o600
+T = TypeVar("T")
+
+
+@message(210)
+@dataclass(frozen=True)
+class EnrolmentFile:
+    """A site's part in a job: the signed documents, its secret keys by peer, its own signed enrolment."""
+
+    number: U8
+    roster: Annotated[bytes, AtMost(1 << 24)]
+    charter: Annotated[bytes, AtMost(1 << 24)]
+    secrets: Annotated[tuple[PairPublic, ...], AtMost(255)] = field(repr=False)
+    own: Signed
+    roll: EnrolmentRoll
+
+
+class Vault:
+    """Reads and writes one job's files at a site.
+
+    Args:
+        state: The site's state folder.
+        guard: The folder of the marks, outside of ``state``.
+        charter: H(charter), 32 bytes.
+    """
+
+    def __init__(self, state: Path, guard: Path, charter: bytes) -> None:
+        self._folder = state / "secagg" / charter.hex()[:16]
+        self._guard = guard / charter.hex()[:16]
+
+    def enrolment(self) -> EnrolmentFile | None:
+        """Return the site's enrolment, None before.
+
+        Raises:
+            StorageError: The file is damaged.
+        """
+        return self._read("enrolment", EnrolmentFile)
+
+    def save_enrolment(self, enrolment: EnrolmentFile) -> None:
+        """Store an enrolment; the first one also starts the marks.
+
+        Raises:
+            ProtocolError: The site has marks of this job but no enrolment: the state folder was lost.
+        """
+        if not (self._folder / "enrolment").exists():
+            if self._guard.exists():
+                raise ProtocolError(
+                    "lost-state",
+                    "this site took part in the job before, but its state folder is empty",
+                    "leave this job; a new one has a new charter",
+                )
+            write_atomic(self._guard, encode(Marks(0, ())), PRIVATE)
+        write_atomic(self._folder / "enrolment", encode(enrolment), PRIVATE)
+
+    def marks(self) -> Marks:
+        """Return the high-water marks.
+
+        Raises:
+            ProtocolError: They are absent. StorageError: They are damaged.
+        """
+        try:
+            return decode(self._guard.read_bytes(), Marks)
+        except FileNotFoundError:
+            raise ProtocolError(
+                "lost-marks",
+                "the high-water marks of this job are gone, so nothing shows how far this site went",
+                "leave this job; a new one has a new charter",
+            ) from None
+        except (OSError, MessageError) as error:
+            raise StorageError(f"cannot read the high-water marks: {error}") from None
+
+    def session(self, marks: Marks) -> SiteSession:
+        """Return the session under way.
+
+        Raises:
+            ProtocolError: There is none, or it is older than the marks.
+        """
+        found = self._read("session", SiteSession)
+        if found is None:
+            raise ProtocolError("phase", "no session is under way")
+        if found.step != marks.step:
+            raise ProtocolError("old-state", "the state folder is older than the high-water marks")
+        return found
+
+    def save(self, marks: Marks, session: SiteSession) -> None:
+        """Store marks, then session: after this the answer may leave."""
+        write_atomic(self._guard, encode(marks), PRIVATE)
+        write_atomic(self._folder / "session", encode(session), PRIVATE)
+
+    def _input_path(self, session: Session, model: bytes) -> Path:
+        return self._folder / f"input-{session.purpose}-{session.round:04d}-{model.hex()[:16]}"
+
+    def load_input(self, session: Session, model: bytes) -> MaskVector | None:
+        """Return the encoded input of a round, a copy that may be changed; None where there is none."""
+        try:
+            return np.fromfile(self._input_path(session, model), "<u4").astype(np.uint32, copy=False)
+        except FileNotFoundError:
+            return None
+
+    def save_input(self, session: Session, model: bytes, vector: MaskVector) -> None:
+        """Store the encoded input of a round and remove those of other rounds."""
+        path = self._input_path(session, model)
+        if self._folder.exists():
+            for other in self._folder.glob("input-*"):
+                if other != path:
+                    other.unlink()
+        write_atomic(path, np.ascontiguousarray(vector, "<u4").data.cast("B"), PRIVATE)
+
+    def _read(self, name: str, kind: type[T]) -> T | None:
+        path = self._folder / name
+        try:
+            if path.stat().st_mode & 0o077:
+                raise StorageError(f"{path} can be read by others", f"chmod 600 {path}")
+            return decode(path.read_bytes(), kind)
+        except FileNotFoundError:
+            return None
+        except (OSError, MessageError) as error:
+            raise StorageError(f"cannot read {path}: {error}") from None
