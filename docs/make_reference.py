@@ -29,6 +29,7 @@ from fedvision.data.manifest import Case, Manifest
 from fedvision.tasks import initial_network, local_names, task_module
 from fedvision.updates.layout import Layout, layout_of
 from fedvision.wire.messages import (
+    EMPTY,
     EvaluateReply,
     EvaluateRequest,
     HelloReply,
@@ -280,11 +281,11 @@ def _messages(job: Job) -> dict[str, Any]:
     statistics = np.zeros((1 + job.evaluation.bootstrap, task_module(job).statistics_size(job)))
     sent = (job.to_json(), job.digest(), layout.digest)
     return {
-        "HelloRequest": HelloRequest(*sent),
-        "HelloReply": HelloReply(job.digest(), "north", 20, 4, 8),
-        "TrainRequest": TrainRequest(*sent, 1, vector),
+        "HelloRequest": HelloRequest(*sent, EMPTY),
+        "HelloReply": HelloReply(job.digest(), "north", 20, 4, 8, EMPTY),
+        "TrainRequest": TrainRequest(*sent, 1, "", EMPTY, vector),
         "TrainReply": TrainReply(job.digest(), "north", 1, 20, 20, 0.5, 2.5, vector),
-        "EvaluateRequest": EvaluateRequest(*sent, 1, "val", False, vector),
+        "EvaluateRequest": EvaluateRequest(*sent, 1, "val", False, "", EMPTY, vector),
         "EvaluateReply, validation": EvaluateReply(job.digest(), "north", 1, "val", 4, 4, statistics[:1]),
         "EvaluateReply, test": EvaluateReply(job.digest(), "north", 1, "test", 8, 7, statistics),
         "Refusal": Refusal(job.digest(), "north", 1, "data"),

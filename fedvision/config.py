@@ -168,9 +168,9 @@ class SecureAggregationSection(Section):
 
     level: Literal["auto", "sum", "sketch", "gram"] = Field(
         "auto",
-        description="sum: the server learns the sum alone; sketch: each site also opens a random sketch of its "
-        "update, so that the clip norm is checked and a liar found; gram: only inner products of the sketches "
-        "are opened; auto: sum below 5 sites, sketch below 10, gram from 10",
+        description="sum: the server learns the sum alone; sketch: each site also opens a random sketch "
+        "of its update, so that the clip norm is checked and a liar found; gram: only inner products of "
+        "the sketches are opened; auto: sum below 5 sites, sketch below 10, gram from 10",
     )
     smallest_cohort: Annotated[int, Field(ge=3, le=255)] = Field(
         5,
@@ -179,18 +179,18 @@ class SecureAggregationSection(Section):
     )
     weight_cap: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         None,
-        description="training cases above this add nothing to a site's weight; the simulation takes the largest "
-        "site's number when it is absent",
+        description="training cases above this add nothing to a site's weight; the simulation takes the "
+        "largest site's number when it is absent",
     )
     release: tuple[Literal["test"], ...] = Field(
         ("test",),
-        description="what each site releases on its own, in the clear: test, its sums of test statistics after "
-        "the last round; without it only sums over all sites are known",
+        description="what each site releases on its own, in the clear: test, its sums of test statistics "
+        "after the last round; without it only sums over all sites are known",
     )
     keep_sums: bool = Field(
         True,
-        description="keep each round's sum in the run folder, so that `fedvision verify` can do the arithmetic "
-        "again; 4 bytes a weight and round",
+        description="keep each round's sum in the run folder, so that `fedvision verify` can do the "
+        "arithmetic again; 4 bytes a weight and round",
     )
 
 

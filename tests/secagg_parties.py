@@ -46,6 +46,8 @@ class Party:
             self.marks, self.state, answer = steps.reveal_beacon(*arguments)
         elif name == "sketch":
             self.marks, self.state, answer = steps.send_sketch(*arguments, self.vector)
+        elif name == "hold":
+            self.marks, self.state, answer = steps.hold(*arguments, self.vector)
         elif name == "accept":
             self.marks, self.state, answer = steps.acknowledge(*arguments)
         elif name == "unmask":
@@ -204,6 +206,8 @@ def run(
     if attempt.level != "sum":
         each("beacon", dict.fromkeys(attempt.views.masked, attempt.masked_roll()), attempt.add_beacon)
         each("sketch", dict.fromkeys(attempt.views.beacons, attempt.beacon_roll()), attempt.add_sketch)
+    if attempt.level == "gram":
+        each("hold", attempt.hold(), attempt.add_products)
     accepted = attempt.accept()
     each("accept", dict.fromkeys(attempt.inside, accepted), attempt.add_ack)
     while attempt.needs_shrinking:
@@ -213,10 +217,12 @@ def run(
     return attempt.finish()
 
 
-def try_liars(consort: Consort, attempt: SumRound, outcome: MaskedSum, lie: Lie = honest) -> dict[int, str]:
+def try_liars(
+    consort: Consort, attempt: SumRound, outcome: MaskedSum | None, lie: Lie = honest
+) -> dict[int, str]:
     """Hold the dispute about a sum that does not fit; return the rule that each liar broke."""
     trial, notes = Trial(attempt, outcome), []
-    ask(consort, "dispute", dict.fromkeys(attempt.inside, trial.request()), trial.add_report, lie, notes)
+    ask(consort, "dispute", dict.fromkeys(trial.sites, trial.request()), trial.add_report, lie, notes)
     for pair in trial.disputed_pairs():
         for site, peer in (pair, pair[::-1]):
 

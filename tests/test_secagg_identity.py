@@ -207,7 +207,7 @@ def test_of_many_who_save_at_once_one_succeeds(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"cannot write .*not a directory"):
+    with pytest.raises(StorageError, match=r"cannot write .*file exists"):
         save(OWNER, tmp_path / "file" / "a.pem")
 
 

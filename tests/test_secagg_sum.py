@@ -12,12 +12,14 @@ from fedvision.secagg.server import AttemptError
 from fedvision.secagg.site import vector_digest
 from tests.secagg_parties import Vector, gather, run, true_sum, try_liars
 
-STEPS = ("ready", "mask", "beacon", "sketch", "accept", "unmask")
+STEPS = ("ready", "mask", "beacon", "sketch", "hold", "accept", "unmask")
 
 
-@pytest.mark.parametrize("level", ["sum", "sketch"])
-@pytest.mark.parametrize("num_sites", [3, 4, 5, 9])
+@pytest.mark.parametrize("level", ["sum", "sketch", "gram"])
+@pytest.mark.parametrize("num_sites", [3, 4, 5, 9, 13])
 def test_the_sum_of_all_is_exact(level: str, num_sites: int) -> None:
+    if level == "gram" and num_sites == 3:
+        pytest.skip("gram needs four sites")
     consort = gather(num_sites, level)
     attempt = consort.attempt()
     outcome = run(consort, attempt)
@@ -30,7 +32,7 @@ def test_the_sum_of_all_is_exact(level: str, num_sites: int) -> None:
 @given(st.data())
 def test_drop_outs_at_random_steps_leave_the_sum_of_the_others_or_nothing(data: st.DataObject) -> None:
     num_sites = data.draw(st.integers(5, 12), label="n")
-    level = data.draw(st.sampled_from(["sum", "sketch"]), label="level")
+    level = data.draw(st.sampled_from(["sum", "sketch", "gram"]), label="level")
     sites = range(1, num_sites + 1)
     gone = data.draw(
         st.dictionaries(st.sampled_from(list(sites)), st.sampled_from(STEPS), max_size=5), label="gone"

@@ -12,7 +12,7 @@ from fedvision.simulation.run import make_plan, site_configs
 from fedvision.tasks import initial_network
 from fedvision.updates.clipping import l2_norm
 from fedvision.updates.layout import flatten, layout_of
-from fedvision.wire.messages import HelloReply, HelloRequest, Refusal, TrainReply, TrainRequest
+from fedvision.wire.messages import EMPTY, HelloReply, HelloRequest, Refusal, TrainReply, TrainRequest
 from fedvision.wire.records import pack, unpack
 from fedvision_sites.app import answer
 from fedvision_sites.release import release_update
@@ -29,12 +29,14 @@ def request_(tiny) -> TrainRequest:
     job = tiny.job.public()
     network = initial_network(job)
     layout = layout_of(network)
-    return TrainRequest(job.to_json(), job.digest(), layout.digest, 1, flatten(network, layout))
+    return TrainRequest(job.to_json(), job.digest(), layout.digest, 1, "", EMPTY, flatten(network, layout))
 
 
 def test_a_site_says_its_name_and_sizes_and_nothing_else(config: SiteConfig, request_: TrainRequest) -> None:
-    hello = HelloRequest(request_.job_json, request_.job_digest, request_.layout_digest)
-    assert Site(config).answer(hello) == HelloReply(request_.job_digest, "a", 4, 2, 2)
+    hello = HelloRequest(request_.job_json, request_.job_digest, request_.layout_digest, EMPTY)
+    reply = Site(config).answer(hello)
+    assert isinstance(reply, HelloReply)
+    assert (reply.site, reply.num_train, reply.num_val, reply.num_test) == ("a", 4, 2, 2)
 
 
 def test_an_honest_request_gives_an_update_within_the_clip_norm(
@@ -77,7 +79,7 @@ def test_a_job_of_another_task_is_refused_as_data(config: SiteConfig, tiny) -> N
     job = tiny.changed(task={"kind": "segmentation", "classes": ["square"]}).public()
     network = initial_network(job)
     layout = layout_of(network)
-    reply = Site(config).answer(HelloRequest(job.to_json(), job.digest(), layout.digest))
+    reply = Site(config).answer(HelloRequest(job.to_json(), job.digest(), layout.digest, EMPTY))
     assert isinstance(reply, Refusal)
     assert reply.code == "data"
 

@@ -13,13 +13,16 @@ from fedvision.wire import messages as m
 from fedvision.wire.records import KINDS, pack, unpack
 
 WEIGHTS = np.arange(5, dtype=np.float32)
+BYTES = np.arange(3, dtype=np.uint8)
 EXAMPLES: list[Any] = [
-    m.HelloRequest("{}", "job", "layout"),
-    m.HelloReply("job", "a", 10, 2, 3),
-    m.TrainRequest("{}", "job", "layout", 1, WEIGHTS),
+    m.HelloRequest("{}", "job", "layout", BYTES),
+    m.HelloReply("job", "a", 10, 2, 3, m.EMPTY),
+    m.TrainRequest("{}", "job", "layout", 1, "c0", BYTES, WEIGHTS),
     m.TrainReply("job", "a", 1, 10, 5, 0.5, 1.5, WEIGHTS),
-    m.EvaluateRequest("{}", "job", "layout", 1, "val", False, WEIGHTS),
+    m.EvaluateRequest("{}", "job", "layout", 1, "val", False, "", m.EMPTY, WEIGHTS),
     m.EvaluateReply("job", "a", 1, "test", 3, 2, np.ones((3, 4))),
+    m.SecureRequest("job", 1, "c0", "beacon", BYTES),
+    m.SecureReply("job", "a", 1, "mask", BYTES, np.arange(4, dtype=np.uint32)),
     m.Refusal("job", "a", 1, "data"),
 ]
 
@@ -49,7 +52,7 @@ def test_a_missing_unknown_or_mistyped_field_is_refused(message: Any) -> None:
                 record.pop(name, None)
                 if name == "extra":
                     continue
-            elif type(record.get(name)) is type(value) and name not in ("format", "kind", "split"):
+            elif type(record.get(name)) is type(value) and name not in ("format", "kind", "split", "step"):
                 continue
             else:
                 record[name] = value
@@ -161,7 +164,7 @@ def test_statistics_of_another_shape_or_not_finite_are_refused(rows: np.ndarray)
 
 
 def test_a_refusal_carries_a_code_and_no_text() -> None:
-    assert set(json.loads(json.dumps(dict(pack(EXAMPLES[6])["message"])))) == {
+    assert set(json.loads(json.dumps(dict(pack(EXAMPLES[-1])["message"])))) == {
         "format",
         "kind",
         "job_digest",

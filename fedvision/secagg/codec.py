@@ -149,6 +149,11 @@ def encode(value: Any) -> bytes:
     return bytes(out)
 
 
+def kind_of(data: bytes) -> type | None:
+    """Return which message ``data`` says it is, None if it is none; nothing else is checked."""
+    return _kinds.get(data[3]) if len(data) > 3 else None
+
+
 T = typing.TypeVar("T")
 
 

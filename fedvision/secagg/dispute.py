@@ -20,10 +20,11 @@ from dataclasses import replace
 import numpy as np
 
 from fedvision.errors import ProtocolError
-from fedvision.secagg import schedule
+from fedvision.secagg import holding, schedule
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.messages import (
+    SHARE_BYTES,
     SKETCH_BYTES,
     Dispute,
     Evidence,
@@ -37,7 +38,7 @@ from fedvision.secagg.messages import (
 from fedvision.secagg.schedule import read_server, read_signed
 from fedvision.secagg.server import MaskedSum, SumRound
 from fedvision.secagg.site import SiteMember, input_bytes
-from fedvision.secagg.site_state import Marks, SiteSession, mapping
+from fedvision.secagg.site_state import HeldShare, Marks, SiteSession, mapping
 from fedvision.secagg.sketch import sketch, sketches_of_masks
 
 
@@ -50,7 +51,8 @@ def _pair_sketches(member: SiteMember, state: SiteSession, peers: list[int], len
 def report(
     member: SiteMember, marks: Marks, state: SiteSession, dispute_bytes: bytes, vector: MaskVector
 ) -> tuple[Marks, SiteSession, bytes]:
-    """Answer a dispute at a site, after its shares of the round have left.
+    """Answer a dispute at a site: after its shares of the round have left, or, at level ``gram``, after
+    products that contradict each other; then nothing of this attempt will be unmasked.
 
     Args:
         member: This site.
@@ -62,7 +64,9 @@ def report(
     Raises:
         ProtocolError: There is no sum to dispute, or it is of another session.
     """
-    if state.phase != "unmasked" or member.consortium.level(state.session.purpose) == "sum":
+    level = member.consortium.level(state.session.purpose)
+    allowed = {"sum": (), "sketch": ("unmasked",), "gram": ("held", "unmasked")}[level]
+    if state.phase not in allowed:
         raise ProtocolError("phase", f"{state.session}: there is nothing to dispute after {state.phase}")
     dispute = read_server(member.consortium, dispute_bytes, Dispute)
     if dispute.tau != state.tau or dispute.beta != state.beta:
@@ -106,19 +110,25 @@ class Trial:
     """The server's side of a dispute; gathers reports and openings and names the liars.
 
     Args:
-        attempt: The finished attempt.
-        outcome: Its sum, which does not fit.
+        attempt: The attempt.
+        outcome: Its sum, which does not fit; None where shares of sketches contradict each other before
+            anything was unmasked.
     """
 
-    def __init__(self, attempt: SumRound, outcome: MaskedSum) -> None:
+    def __init__(self, attempt: SumRound, outcome: MaskedSum | None) -> None:
         self._attempt = attempt
         self._outcome = outcome
         self._signed: dict[int, Signed] = {}
         self._reports: dict[int, Report] = {}
         self._openings: dict[tuple[int, int], tuple[Signed, bytes]] = {}
 
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """Whom to ask for a report: the accepted sites, before that all who multiplied shares."""
+        return self._attempt.inside if self._outcome else tuple(sorted(self._attempt.views.products))
+
     def request(self) -> bytes:
-        """Return the ``Dispute`` message for all accepted sites."""
+        """Return the ``Dispute`` message for ``sites``."""
         return self._attempt.say(Dispute(self._attempt.tau, self._attempt.beta))
 
     def add_report(self, site: int, data: bytes) -> None:
@@ -129,6 +139,8 @@ class Trial:
         """
         attempt, signed = self._attempt, decode(data, Signed)
         found = read_signed(attempt.consortium, signed, Report, site)
+        if len(found.deal_seed) != (32 if attempt.level == "gram" else 0):
+            raise ProtocolError("report", f"{attempt.session}: a report has another seed")
         peers = [i for i in attempt.cohort if i != site]
         if found.tau != attempt.tau or found.beta != attempt.beta or [p.site for p in found.pairs] != peers:
             raise ProtocolError("session", f"{attempt.session}: a report of another session or cohort")
@@ -165,19 +177,47 @@ class Trial:
 
     def verdict(self) -> list[Evidence]:
         """Return the proven lies; where none is proven, those who kept silent, with what they had signed."""
-        found = [*self._false_rows(), *self._false_pairs()]
+        found = [*self._false_dealings()] if self._attempt.level == "gram" else []
+        if self._outcome is not None:
+            found += [*self._false_rows(self._outcome.seeds), *self._false_pairs()]
         if not found:
-            silent = [site for site in self._attempt.inside if site not in self._reports]
+            silent = [site for site in self.sites if site not in self._reports]
             views = self._attempt.views
             found = [Evidence(i, "silent", (views.masked[i], views.sketches[i])) for i in silent]
         return list({item.site: item for item in found}.values())
 
-    def _false_rows(self) -> Iterable[Evidence]:
+    def _false_dealings(self) -> Iterable[Evidence]:
+        """Deal everything again from the opened seeds, multiply again, add again, and compare."""
+        attempt, views = self._attempt, self._attempt.views
+        points, texts = sorted(views.beacons), {}
+        for site, found in self._reports.items():
+            sent = read_signed(attempt.consortium, views.sketches[site], Sketch, site)
+            own = np.frombuffer(found.own, "<u4").astype(np.uint32)
+            dealt = holding.deal_to_all(attempt.consortium, points, own, found.deal_seed)
+            committed = {share.receiver: share.share_hash for share in views.sealed[site].values()}
+            fits = all(schedule.share_hash(site, i, text) == committed[i] for i, text in dealt.items())
+            if holding.commitment(found.deal_seed) != sent.deal_hash or not fits:
+                yield Evidence(site, "deal", (views.sketches[site], self._signed[site]))
+            else:
+                texts[site] = dealt
+        if set(texts) != set(views.sketches):
+            return
+        for holder, signed in views.products.items():
+            held = {dealer: dealt[holder] for dealer, dealt in texts.items()}
+            truth = holding.multiply(attempt.consortium, held, attempt.challenge)
+            if truth != (views.product_shares[holder], views.zero_shares[holder]):
+                yield Evidence(holder, "products", (signed,))
+        for holder, signed in views.unmasks.items():
+            parts = [HeldShare(d, dealt[holder][:SHARE_BYTES]) for d, dealt in texts.items()]
+            if holding.add_held(parts, attempt.inside) != views.sum_shares[holder]:
+                yield Evidence(holder, "products", (signed,))
+
+    def _false_rows(self, seeds: Mapping[int, bytes]) -> Iterable[Evidence]:
         attempt, views = self._attempt, self._attempt.views
         for site, found in self._reports.items():
             proof = (views.masked[site], views.sketches[site], self._signed[site])
             sent = read_signed(attempt.consortium, views.sketches[site], Sketch, site)
-            if found.own != sent.values:
+            if attempt.level == "sketch" and found.own != sent.values:
                 yield Evidence(site, "sketch", proof)
                 continue
             claims = self._claims(site)
@@ -186,13 +226,13 @@ class Trial:
             if any(claims[peer] != input_bytes(value) for peer, value in zip(revealed, shown, strict=True)):
                 yield Evidence(site, "mask-key", proof)
                 continue
-            seed = schedule.self_key(self._outcome.seeds[site], attempt.tau)
+            seed = schedule.self_key(seeds[site], attempt.tau)
             row = sketch(attempt.masked_input(site), attempt.beta)
             row -= sketches_of_masks([seed], attempt.length, attempt.beta)[0]
             for peer, values in claims.items():
                 mask = np.frombuffer(values, "<u4").astype(np.uint32)
                 row = row - mask if schedule.pair_sign(site, peer) > 0 else row + mask
-            if input_bytes(row) != sent.values:
+            if input_bytes(row) != found.own:
                 yield Evidence(site, "row", proof)
 
     def _false_pairs(self) -> Iterable[Evidence]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import CipherContext
 from numpy.typing import NDArray
 
 from fedvision.errors import MessageError
@@ -25,9 +26,11 @@ MAX_SITES = 255
 LIMB_BITS = 20
 _FRACTION_BITS = 20
 _LIMITS = (255 * ((1 << LIMB_BITS) - 1), 255 << (38 + _FRACTION_BITS - 2 * LIMB_BITS))
-_TAIL_SHARE = 16
+_TAIL_PART = 16
+_SMALLEST_SCALE = 1 << 12
 _NORM_SLACK = 1e-6
 _SLICE = 1 << 15
+_ZEROS = bytes(2 * _SLICE)
 
 
 @dataclass(frozen=True)
@@ -68,19 +71,14 @@ class Encoding:
     def __post_init__(self) -> None:
         if not 3 <= self.num_sites <= MAX_SITES:
             raise ValueError(f"num_sites must be in 3..{MAX_SITES}, got {self.num_sites}")
-        if self.size < 1:
-            raise ValueError(f"size must be >= 1, got {self.size}")
+        if self.size < 1 or self.weight_cap < 1:
+            raise ValueError(f"size and weight_cap must be >= 1, got {self.size} and {self.weight_cap}")
         if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
             raise ValueError(f"clip_norm must be > 0 and finite, got {self.clip_norm}")
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
-            raise ValueError(f"noise_multiplier must be >= 0 and finite, got {self.noise_multiplier}")
         if not all(math.isfinite(cap) and cap > 0 for cap in self.metric_caps):
             raise ValueError(f"metric_caps must be > 0 and finite, got {self.metric_caps}")
-        if not 1 <= self.weight_cap <= self.scale // _TAIL_SHARE:
-            raise ValueError(
-                f"weight_cap must be in 1..{self.scale // _TAIL_SHARE} for this number of sites and noise, "
-                f"got {self.weight_cap}"
-            )
+        if not (self.noise_multiplier >= 0 and self.scale >= _SMALLEST_SCALE):
+            raise ValueError(f"noise_multiplier must be >= 0 and at most 2**14, got {self.noise_multiplier}")
 
     @property
     def scale(self) -> int:
@@ -99,13 +97,17 @@ class Encoding:
         The update has S at most, each of the k coordinates of the tail S / 16, and rounding moves every
         coordinate by less than 1.
         """
-        tail = (len(self.metric_caps) + 1) / _TAIL_SHARE**2
+        tail = (len(self.metric_caps) + 1) / _TAIL_PART**2
         return self.scale * math.sqrt(1 + tail) + math.sqrt(self.length)
 
     @property
-    def _weight_unit(self) -> int:
-        """Units of one sample: a whole number, so that the sum of the weights is exact."""
-        return self.scale // _TAIL_SHARE // self.weight_cap
+    def _steps(self) -> int:
+        """Steps of w from 0 to 1; a whole number of units each, so that the weights add up exactly."""
+        return min(self.weight_cap, self.scale // _TAIL_PART)
+
+    @property
+    def _step_units(self) -> int:
+        return self.scale // _TAIL_PART // self._steps
 
     def encode(
         self,
@@ -116,14 +118,16 @@ class Encoding:
     ) -> MaskVector:
         """Return ``[w * update, w * metrics, w]`` in units, with ``w = min(num_samples, cap) / cap``.
 
-        Guarantee: every coordinate is at most S + 1 in absolute value. The products are float64, with an
-        error below 2**-24 units, and ``floor(x + u)`` with 0 < u < 1 is less than 1 from x. The mean over
-        u is x up to 2**-17 units: u has 16 bits from AES-CTR and half a step more, so the rounding up
-        happens with the fraction's probability rounded to the nearest 2**-16.
+        Where the cap is above S / 16, w is rounded to the nearest of S / 16 steps, the first at least.
+
+        Guarantee: every coordinate is at most S + 1 in absolute value, and its mean is the exact value or
+        less, by at most 2**-16 units. For x = w * update * S / clip_norm in float64, |x| <= S * (1 + 2**-50)
+        and x is exact up to 2**-23 (S < 2**29, three roundings). ``u = k / 2**16`` for 16 uniform bits k, so
+        ``floor(x + u)`` is below S + 1 + 2**-20, not below -S - 1, and it rounds up with the probability of
+        the fraction of x, cut to 16 bits. Float32 would not do: it has 24 bits and S has 29 for three sites.
 
         Args:
-            update: Shape (size,), float32, L2 norm at most ``clip_norm`` (up to a millionth more is scaled
-                down).
+            update: Shape (size,), float32, L2 norm at most ``clip_norm`` (a millionth more is scaled down).
             num_samples: Number of samples behind the update, >= 1.
             metrics: One number for each cap; clipped to 0..cap.
             rounding_key: 32 bytes, fresh and secret.
@@ -134,26 +138,25 @@ class Encoding:
         Raises:
             ValueError: An entry is not finite, the norm is too large, or a shape or count is wrong.
         """
-        if update.shape != (self.size,):
-            raise ValueError(f"update must have shape ({self.size},), got {update.shape}")
+        if update.shape != (self.size,) or update.dtype != np.float32:
+            raise ValueError(f"update must be float32 of shape ({self.size},), got {update.dtype}")
         if num_samples < 1:
             raise ValueError(f"num_samples must be >= 1, got {num_samples}")
         if len(metrics) != len(self.metric_caps) or not all(math.isfinite(value) for value in metrics):
             raise ValueError(f"there must be {len(self.metric_caps)} finite metrics, got {len(metrics)}")
-        samples = min(num_samples, self.weight_cap)
-        share = samples / self.weight_cap
-        norm = math.sqrt(_sum_of_squares(update))
-        if not norm <= self.clip_norm * (1 + _NORM_SLACK):
-            raise ValueError("update must be finite and its L2 norm at most clip_norm")
-        factor = share * self.scale / max(self.clip_norm, norm)
+        steps = max(1, round(min(num_samples, self.weight_cap) * self._steps / self.weight_cap))
+        largest = self.scale * steps / self._steps  # w * S, the norm of a vector at the bound
         encoded = np.empty(self.length, np.int32)
+        coordinates, factor = encoded[: self.size], largest / self.clip_norm
+        uniform = keystream(rounding_key)
+        norm = _round_into(coordinates, update, factor, uniform, largest * (1 + _NORM_SLACK))
+        if norm > largest:
+            uniform = keystream(rounding_key)
+            _round_into(coordinates, update, factor * (largest / norm), uniform, math.inf)
         caps = self.metric_caps
         tail = [min(max(value, 0.0), cap) / cap for value, cap in zip(metrics, caps, strict=True)]
-        uniform = keystream(rounding_key)
-        _round_into(encoded[: self.size], update, factor, uniform)
-        tail_scale = share * self.scale / _TAIL_SHARE
-        _round_into(encoded[self.size : -1], np.array(tail), tail_scale, uniform)
-        encoded[-1] = samples * self._weight_unit
+        _round_into(encoded[self.size : -1], np.array(tail), largest / _TAIL_PART, uniform, math.inf)
+        encoded[-1] = steps * self._step_units
         return encoded.view(np.uint32)
 
     def decode(self, total: MaskVector) -> DecodedSum:
@@ -170,43 +173,65 @@ class Encoding:
             raise MessageError(f"a sum must be uint32 of shape ({self.length},)")
         values = total.view(np.int32)
         noise = 8 * self.noise_multiplier * self.scale
-        per_site = self._weight_unit * self.weight_cap
+        per_site = self._step_units * self._steps
         weight = int(values[-1])
         if not 0 < weight <= self.num_sites * per_site + noise:
             raise MessageError("the weights of a sum are not those of the enrolled sites")
         total_weight = weight / per_site
         slack = self.num_sites + noise
-        largest = total_weight * self.scale / _TAIL_SHARE
+        largest = total_weight * self.scale / _TAIL_PART
         tail = values[self.size : -1].astype(np.float64)
         if ((tail < -slack) | (tail > largest + slack)).any():
             raise MessageError("a metric of a sum lies outside of its range")
         shares = np.clip(tail / largest, 0.0, 1.0)
         return DecodedSum(
-            mean_update=values[: self.size] * (self.clip_norm / (self.scale * total_weight)),
+            mean_update=values[: self.size].astype(np.float64)
+            * (self.clip_norm / (self.scale * total_weight)),
             metrics=tuple(float(s) * cap for s, cap in zip(shares, self.metric_caps, strict=True)),
             total_weight=total_weight,
         )
 
 
-def _sum_of_squares(update: NDArray[np.float32]) -> float:
-    total = 0.0
-    for start in range(0, update.size, _SLICE):
-        part = update[start : start + _SLICE].astype(np.float64)
-        total += float(part @ part)
-    return total
+def _round_into(
+    target: NDArray[np.int32],
+    values: NDArray[np.floating],
+    factor: float,
+    uniform: CipherContext,
+    largest_norm: float,
+) -> float:
+    """Write ``floor(values * factor + u)`` to ``target``.
 
+    Args:
+        target: Shape (k,).
+        values: Shape (k,).
+        factor: Units of 1.
+        uniform: The keystream of u, two bytes a coordinate, little-endian.
+        largest_norm: Largest L2 norm of the scaled values.
 
-def _round_into(target: NDArray[np.int32], values: NDArray[np.floating], factor: float, uniform) -> None:
-    """Write ``floor(values * factor + u)`` to ``target``."""
-    zeros = bytes(2 * _SLICE)
+    Returns:
+        The L2 norm of the scaled values.
+
+    Raises:
+        ValueError: It is larger, or a value is not finite.
+    """
     bits = np.empty(_SLICE, "<u2")
-    view = memoryview(bits).cast("B")
+    scaled, offsets = np.empty(_SLICE), np.empty(_SLICE)
+    squares = 0.0
     for start in range(0, values.size, _SLICE):
         part = values[start : start + _SLICE]
-        uniform.update_into(zeros[: 2 * part.size], view[: 2 * part.size])
-        scaled = part.astype(np.float64) * factor
-        scaled += (bits[: part.size] + 0.5) * 2.0**-16
-        target[start : start + _SLICE] = np.floor(scaled)
+        x, u = scaled[: part.size], offsets[: part.size]
+        x[...] = part
+        x *= factor
+        squares += float(x @ x)
+        if not squares <= largest_norm**2:
+            raise ValueError("update must be finite and its L2 norm at most clip_norm")
+        uniform.update_into(_ZEROS[: 2 * part.size], bits[: part.size].view(np.uint8).data)
+        u[...] = bits[: part.size]
+        u *= 2.0**-16
+        x += u
+        np.floor(x, out=x)
+        target[start : start + part.size] = x
+    return math.sqrt(squares)
 
 
 def encode_statistics(values: NDArray[np.float64]) -> MaskVector:

@@ -11,6 +11,7 @@ Sources: Bonawitz et al. 2017, fig. 4, round 2 (the sum of masks); NIST SP 800-3
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
@@ -57,7 +58,7 @@ def mask_stream(key: bytes, size: int) -> MaskVector:
     """
     cipher = keystream(key)
     words = np.empty(size, _WORD)
-    target = memoryview(words).cast("B")
+    target = words.view(np.uint8).data
     for start in range(0, len(target), len(_ZEROS)):
         part = target[start : start + len(_ZEROS)]
         cipher.update_into(_ZEROS[: len(part)], part)
@@ -69,7 +70,7 @@ def _add_range(vector: MaskVector, keys: Sequence[bytes], signs: Sequence[int], 
     ciphers = [keystream(key, start * _WORD.itemsize) for key in keys]
     steps = [np.add if sign > 0 else np.subtract for sign in signs]
     words = np.empty(min(SLICE, vector.size), _WORD)
-    target = memoryview(words).cast("B")
+    target = words.view(np.uint8).data
     for first in range(0, vector.size, SLICE):
         part = vector[first : first + SLICE]
         size_bytes = part.size * _WORD.itemsize
@@ -114,7 +115,7 @@ def add_masks(vector: MaskVector, keys: Sequence[bytes], signs: Sequence[int], t
     with ThreadPoolExecutor(parts) as pool:
         jobs = [
             pool.submit(_add_range, vector[first:last], keys, signs, first)
-            for first, last in zip(bounds, bounds[1:], strict=False)
+            for first, last in pairwise(bounds)
         ]
         for job in jobs:
             job.result()

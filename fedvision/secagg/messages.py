@@ -5,7 +5,7 @@
       ready            site -> server  ReadyUpload   nonce, commitments, sealed shares of the self-mask seed
     2 cohort           server -> site  Cohort        all ready messages, and the boxes for this site
       masked           site -> server  Masked        hash of the masked input (the input beside it)
-                       or              Complaint     a box does not open; the pair's key to prove it
+                       or              Complaint     a box does not open; the pair's key proves it
     3 masked roll      server -> site  MaskedRoll    all hashes of masked inputs        (sketch and gram)
       beacon           site -> server  Beacon        its random number, bound to the roll
     4 beacon roll      server -> site  BeaconRoll    all random numbers                 (sketch and gram)
@@ -196,7 +196,7 @@ class SealedShare:
 
     receiver: U8
     share_hash: Bytes32
-    sealed: Annotated[bytes, AtMost(SHARE_BYTES + MAX_PAIRS * 8 + 16)] = field(repr=False)
+    sealed: Annotated[bytes, AtMost(SHARE_BYTES + MAX_PAIRS * 8 + 24)] = field(repr=False)
 
 
 @message(13)
@@ -232,24 +232,26 @@ class HoldingEntry:
 @message(15)
 @dataclass(frozen=True)
 class Holding:
-    """What all dealers gave to one holder, by ascending dealer."""
+    """What all dealers gave to one holder, by ascending dealer.
+
+    ``challenge`` draws the combination of the zeros that shows whether they are zeros.
+    """
 
     tau: Bytes32
+    challenge: Bytes32
     entries: Annotated[tuple[HoldingEntry, ...], Many]
 
 
 @message(16)
 @dataclass(frozen=True)
 class Products:
-    """A holder's shares of the inner products of all pairs of ``dealers``, upper triangle by rows.
-
-    ``failed`` are dealers whose shares do not open or do not fit their hash; then there are no products.
-    """
+    """A holder's shares of the inner products of all pairs of ``dealers``, upper triangle by rows, and of
+    one drawn combination of each dealer's zeros."""
 
     tau: Bytes32
     dealers: Annotated[bytes, Many]
     values: Annotated[bytes, AtMost(MAX_PAIRS * 8)] = field(repr=False)
-    failed: Annotated[bytes, Many]
+    zeros: Annotated[bytes, AtMost(MAX_SITES * 8)] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -298,12 +300,10 @@ class MaskKey:
 @message(19)
 @dataclass(frozen=True)
 class Reveal:
-    """The mask keys towards the sites left out, and at level ``gram`` this holder's share of the sum of
-    the accepted sketches."""
+    """The mask keys towards the sites left out."""
 
     tau: Bytes32
     keys: Annotated[tuple[MaskKey, ...], Many]
-    sum_share: Annotated[bytes, AtMost(SHARE_BYTES)] = field(repr=False)
 
 
 @message(20)
@@ -335,10 +335,12 @@ class SeedShare:
 @message(22)
 @dataclass(frozen=True)
 class Unmask:
-    """A site's shares of the seeds of all accepted sites, by ascending number."""
+    """A site's shares of the seeds of all accepted sites, by ascending number, and at level ``gram`` its
+    share of the sum of their rounded sketches."""
 
     tau: Bytes32
     shares: Annotated[tuple[SeedShare, ...], Many]
+    sum_share: Annotated[bytes, AtMost(SHARE_BYTES)] = field(repr=False)
 
 
 @message(23)

@@ -11,20 +11,23 @@ Rules:
   are kept by a ``Store``, on disk, until the check is done.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from fedvision.errors import MessageError, ProtocolError, RoundError
-from fedvision.secagg import schedule, shamir
-from fedvision.secagg.codec import decode, encode
+from fedvision.secagg import holding, schedule, shamir
+from fedvision.secagg.codec import decode, encode, kind_of
+from fedvision.secagg.gram import over_bound
 from fedvision.secagg.identity import Identity
 from fedvision.secagg.masking import MaskVector, add_masks
 from fedvision.secagg.merkle import merkle_path, merkle_root
 from fedvision.secagg.messages import (
     SERVER,
+    SHARE_BYTES,
+    SKETCH_BYTES,
     Accepted,
     AcceptedEntry,
     Ack,
@@ -38,13 +41,17 @@ from fedvision.secagg.messages import (
     Complaint,
     Evidence,
     Exclusion,
+    Holding,
+    HoldingEntry,
     Masked,
     MaskedRoll,
     Offer,
+    Products,
     Ready,
     ReadyUpload,
     Reason,
     Reveal,
+    SealedShare,
     Session,
     Signed,
     Sketch,
@@ -52,7 +59,7 @@ from fedvision.secagg.messages import (
     Unmask,
 )
 from fedvision.secagg.schedule import Consortium, read_signed, sign
-from fedvision.secagg.site import box_leaf, seed_hash, vector_digest
+from fedvision.secagg.site import box_leaf, open_box, seed_hash, vector_digest
 from fedvision.secagg.sketch import is_within
 from fedvision.secagg.sketch import sketch as sketch_of
 
@@ -74,12 +81,18 @@ class AttemptError(RoundError):
 
     Args:
         message: What is missing.
-        evidence: What was proven against sites; they are left out of the next attempt.
+        evidence: What was proven against sites; they are left out from now on.
+        absent: Sites that did not do their part, with nothing proven.
     """
 
-    def __init__(self, message: str, evidence: Sequence[Evidence] = ()) -> None:
+    def __init__(self, message: str, evidence: Sequence[Evidence] = (), absent: Collection[int] = ()) -> None:
         super().__init__(message)
         self.evidence = tuple(evidence)
+        self.absent = frozenset(absent)
+
+
+class Disputed(RoundError):
+    """Shares of sketches contradict each other before anything was unmasked: somebody lied."""
 
 
 @dataclass
@@ -94,9 +107,15 @@ class Views:
     numbers: dict[int, bytes] = field(default_factory=dict)
     sketches: dict[int, Signed] = field(default_factory=dict)
     values: dict[int, MaskVector] = field(default_factory=dict, repr=False)
+    sealed: dict[int, dict[int, SealedShare]] = field(default_factory=dict, repr=False)
+    products: dict[int, Signed] = field(default_factory=dict, repr=False)
+    product_shares: dict[int, bytes] = field(default_factory=dict, repr=False)
+    zero_shares: dict[int, bytes] = field(default_factory=dict, repr=False)
     acks: dict[int, Signed] = field(default_factory=dict)
     keys: dict[int, dict[int, bytes]] = field(default_factory=dict, repr=False)
     shares: dict[int, dict[int, bytes]] = field(default_factory=dict, repr=False)
+    sum_shares: dict[int, bytes] = field(default_factory=dict, repr=False)
+    unmasks: dict[int, Signed] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -151,7 +170,8 @@ class SumRound:
         self.excluded: dict[int, Reason] = {}
         self.accepted: tuple[AcceptedEntry, ...] = ()
         self.cohort: tuple[int, ...] = ()
-        self.tau = self.beta = self.root = b""
+        self.tau = self.beta = self.root = self.challenge = b""
+        self.gram = np.zeros((0, 0), np.int64)
         self._identity = identity
         self._store = store
         self._sum = np.zeros(length, np.uint32)
@@ -163,11 +183,10 @@ class SumRound:
         self.said[type(message).__name__] = signed
         return encode(signed)
 
-    def _require(self, count: int, what: str) -> None:
-        if count < self.consortium.quorum:
-            raise AttemptError(
-                f"{self.session}: {count} {what}, the charter needs {self.consortium.quorum}", self.evidence
-            )
+    def _require(self, present: Collection[int], what: str) -> None:
+        if len(present) < self.consortium.quorum:
+            text = f"{self.session}: {len(present)} {what}, the charter needs {self.consortium.quorum}"
+            raise AttemptError(text, self.evidence, set(self.cohort) - set(present))
 
     def _of_session(self, tau: bytes) -> None:
         if tau != self.tau:
@@ -201,7 +220,7 @@ class SumRound:
             AttemptError: Fewer sites are ready than the smallest cohort or the threshold.
         """
         self.cohort = tuple(sorted(self.views.ready))
-        self._require(len(self.cohort), "sites are ready")
+        self._require(self.cohort, "sites are ready")
         readies = [self.views.ready[site] for site in self.cohort]
         self.tau = schedule.make_tau(self.consortium, self.session, self.model, readies)
         sites = self.consortium.charter.sites
@@ -226,7 +245,7 @@ class SumRound:
         if site not in self.cohort or site in self.views.masked:
             raise ProtocolError("phase", f"{self.session}: a masked input that was not asked for")
         signed = decode(data, Signed)
-        if vector.size == 0:
+        if kind_of(signed.body) is Complaint:
             self._judge_complaint(site, signed)
         masked = read_signed(self.consortium, signed, Masked, site)
         self._of_session(masked.tau)
@@ -242,6 +261,11 @@ class SumRound:
         self.views.digests[site] = masked.digest
 
     def _judge_complaint(self, site: int, signed: Signed) -> None:
+        """Convict the dealer whose box does not open, or the site that complains about a sound one.
+
+        Raises:
+            AttemptError: Always, with the evidence; ``ProtocolError`` if it is no complaint of this session.
+        """
         complaint = read_signed(self.consortium, signed, Complaint, site)
         accused = complaint.accused
         if complaint.session != self.session or accused not in self.cohort or accused == site:
@@ -252,17 +276,25 @@ class SumRound:
         else:
             public = self.publics[accused, site]
             pair = schedule.pair_key(self.consortium, site, accused, complaint.secret, public)
-            ready = read_signed(self.consortium, self.views.ready[accused], Ready, accused)
-            box = self.views.boxes[accused][site]
-            context = schedule.session_bytes(self.session)
-            try:
-                share = schedule.unseal(pair, "share", context, ready.nonce, accused, site, box.sealed)
-                if len(share) == 32 and schedule.share_hash(accused, site, share) == box.share_hash:
-                    culprit = site  # the box is in order
-            except MessageError:
-                pass
-        self.evidence.append(Evidence(culprit, "box", (self.views.ready[accused], signed)))
+            if self._box_is_sound(pair, accused, site):
+                culprit = site
+        proof = (self.views.ready[accused], *filter(None, [self.views.sketches.get(accused)]), signed)
+        self.evidence.append(Evidence(culprit, "box", proof))
         raise AttemptError(f"{self.session}: site number {culprit} broke the rule about boxes", self.evidence)
+
+    def _box_is_sound(self, pair: bytes, dealer: int, receiver: int) -> bool:
+        """Whether what a dealer sealed to a receiver opens and is what it committed to."""
+        ready = read_signed(self.consortium, self.views.ready[dealer], Ready, dealer)
+        try:
+            if dealer in self.views.sealed:
+                share = self.views.sealed[dealer][receiver]
+                count = len(self.views.beacons)
+                holding.open_share(self.consortium, pair, self.tau, ready.nonce, dealer, share, count)
+            else:
+                open_box(pair, self.session, ready, dealer, receiver, self.views.boxes[dealer][receiver])
+        except MessageError:
+            return False
+        return True
 
     def masked_roll(self) -> bytes:
         """Return the list of all hashes of masked inputs, for the sites in ``views.masked``.
@@ -270,7 +302,7 @@ class SumRound:
         Raises:
             AttemptError: Too few masked inputs came.
         """
-        self._require(len(self.views.masked), "masked inputs came")
+        self._require(self.views.masked, "masked inputs came")
         for site in set(self.cohort) - set(self.views.masked):
             self.excluded[site] = "no masked input"
         self.root = schedule.masked_root(self.views.digests)
@@ -299,7 +331,7 @@ class SumRound:
         Raises:
             AttemptError: Too few beacon numbers came.
         """
-        self._require(len(self.views.beacons), "beacon numbers came")
+        self._require(self.views.beacons, "beacon numbers came")
         for site in set(self.views.masked) - set(self.views.beacons):
             self.excluded[site] = "no beacon"
         self.beta = schedule.make_beta(self.tau, self.root, self.views.numbers)
@@ -318,10 +350,92 @@ class SumRound:
         self._of_session(sketch.tau)
         if sketch.beta != self.beta:
             raise ProtocolError("beacon", f"{self.session}: a sketch of another map")
-        if len(sketch.values) != 2048 * 4:
-            raise MessageError("a sketch must have 2048 values")
+        if self.level == "gram":
+            receivers = tuple(share.receiver for share in upload.shares)
+            if sketch.values or receivers != tuple(sorted(self.views.beacons)):
+                raise ProtocolError(
+                    "box", f"{self.session}: there must be one share for each site of the set"
+                )
+            if holding.shares_root(upload.shares) != sketch.shares_root:
+                raise ProtocolError("box", f"{self.session}: the shares are not the signed ones")
+            self.views.sealed[site] = {share.receiver: share for share in upload.shares}
+        else:
+            if len(sketch.values) != SKETCH_BYTES or upload.shares:
+                raise MessageError("a sketch must have 2048 values and no shares")
+            self.views.values[site] = np.frombuffer(sketch.values, "<u4").astype(np.uint32)
         self.views.sketches[site] = upload.sketch
-        self.views.values[site] = np.frombuffer(sketch.values, "<u4").astype(np.uint32)
+
+    def hold(self) -> dict[int, bytes]:
+        """Return each holder's ``Holding`` message; level ``gram``.
+
+        Raises:
+            AttemptError: Too few sketches were shared.
+        """
+        dealers, points = sorted(self.views.sketches), sorted(self.views.beacons)
+        self._require(dealers, "sketches were shared")
+        self.challenge = holding.fresh_challenge()
+        leaves = {d: [holding.share_leaf(self.views.sealed[d][p]) for p in points] for d in dealers}
+        messages = {}
+        for site in dealers:
+            index = points.index(site)
+            entries = tuple(
+                HoldingEntry(
+                    self.views.sketches[d], self.views.sealed[d][site], merkle_path(leaves[d], index)
+                )
+                for d in dealers
+            )
+            messages[site] = self.say(Holding(self.tau, self.challenge, entries))
+        return messages
+
+    def add_products(self, site: int, data: bytes) -> None:
+        """Take a site's signed ``Products``, or its ``Complaint`` about a dealer.
+
+        Raises:
+            ProtocolError, MessageError: It is refused; the site counts as dropped out.
+            AttemptError: A complaint was made: this attempt is over, its evidence names who lied.
+        """
+        if site not in self.views.sketches or site in self.views.products:
+            raise ProtocolError("phase", f"{self.session}: products that were not asked for")
+        signed = decode(data, Signed)
+        if kind_of(signed.body) is Complaint:
+            self._judge_complaint(site, signed)
+        products = read_signed(self.consortium, signed, Products, site)
+        self._of_session(products.tau)
+        dealers = sorted(self.views.sketches)
+        if list(products.dealers) != dealers or len(products.zeros) != 8 * len(dealers):
+            raise ProtocolError("roster", f"{self.session}: products of other dealers")
+        if len(products.values) != 8 * (len(dealers) * (len(dealers) + 1) // 2):
+            raise MessageError("there must be one product for each pair of dealers")
+        self.views.products[site] = signed
+        self.views.product_shares[site] = products.values
+        self.views.zero_shares[site] = products.zeros
+
+    def _judge_gram(self) -> None:
+        """Leave out sites whose norm is above the bound.
+
+        Raises:
+            Disputed: The shares contradict each other.
+        """
+        dealers = sorted(self.views.sketches)
+        needed = 2 * self.consortium.charter.max_colluding + 1
+        if len(self.views.products) < max(needed, self.consortium.quorum):
+            raise AttemptError(
+                f"{self.session}: {len(self.views.products)} sites multiplied shares, too few",
+                self.evidence,
+                set(dealers) - set(self.views.products),
+            )
+        try:
+            self.gram = holding.read_gram(
+                self.consortium, len(dealers), self.views.product_shares, self.views.zero_shares
+            )
+        except MessageError as error:
+            raise Disputed(f"{self.session}: {error}") from None
+        proof = tuple(self.views.products[site] for site in sorted(self.views.products))
+        for index in over_bound(self.gram):
+            self.excluded[dealers[index]] = "norm above the bound"
+            self.evidence.append(Evidence(dealers[index], "norm", proof))
+        for site in set(dealers) - set(self.views.products):
+            self.excluded.setdefault(site, "no shares")
 
     def accept(self) -> bytes:
         """Choose whose inputs are added, by the norm bound, and return the ``Accepted`` message.
@@ -332,9 +446,12 @@ class SumRound:
         candidates = set(self.views.masked)
         for site in set(self.cohort) - candidates:
             self.excluded[site] = "no masked input"
-        if self.level == "sketch":
+        if self.level != "sum":
             for site in set(self.views.beacons) - set(self.views.sketches):
                 self.excluded[site] = "no sketch"
+        if self.level == "gram":
+            self._judge_gram()
+        if self.level == "sketch":
             for site, values in self.views.values.items():
                 if not is_within(values, self.norm_bound):
                     self.excluded[site] = "norm above the bound"
@@ -356,7 +473,7 @@ class SumRound:
         return self._announce(left)
 
     def _announce(self, inside: set[int]) -> bytes:
-        self._require(len(inside), "inputs may be added")
+        self._require(inside, "inputs may be added")
         self.accepted = tuple(AcceptedEntry(site, self.views.digests[site]) for site in sorted(inside))
         excluded = tuple(Exclusion(site, self.excluded[site]) for site in sorted(self.excluded))
         return self.say(Accepted(self.tau, self.accepted, excluded))
@@ -406,6 +523,7 @@ class SumRound:
                 f"{self.session}: {len(self.views.acks)} sites agreed to the accepted set, "
                 f"the threshold is {self.consortium.charter.threshold}",
                 self.evidence,
+                set(self.inside) - set(self.views.acks),
             )
         return self.say(AckRoll(self.tau, _by_site(self.views.acks)))
 
@@ -427,7 +545,11 @@ class SumRound:
             if schedule.share_hash(item.site, site, item.share) != box.share_hash:
                 self.evidence.append(Evidence(site, "share", (self.views.ready[item.site], signed)))
                 raise ProtocolError("share", f"{self.session}: a share is not the committed one")
+        if len(unmask.sum_share) != (SHARE_BYTES if self.level == "gram" else 0):
+            raise MessageError("a share of the sum of sketches has another length")
         self.views.shares[site] = {item.site: item.share for item in unmask.shares}
+        self.views.sum_shares[site] = unmask.sum_share
+        self.views.unmasks[site] = signed
 
     def finish(self) -> MaskedSum:
         """Remove the masks and check the sum against the sketches.
@@ -441,6 +563,7 @@ class SumRound:
                 f"{self.session}: shares of {len(holders)} sites, "
                 f"the threshold is {self.consortium.charter.threshold}",
                 self.evidence,
+                set(self.views.acks) - set(self.views.shares),
             )
         seeds = self._recover_seeds(holders)
         total = self._sum
@@ -460,6 +583,9 @@ class SumRound:
             for site in self.inside:
                 claimed += self.views.values[site]
             fits = bool(np.array_equal(sketch_of(total, self.beta), claimed))
+        if self.level == "gram":
+            found = sketch_of(total, self.beta)
+            fits = holding.sum_fits(self.consortium, len(self.inside), self.views.sum_shares, found)
         return MaskedSum(total, fits, seeds)
 
     def _recover_seeds(self, holders: Sequence[int]) -> dict[int, bytes]:

@@ -52,15 +52,15 @@ def _check_points(points: Sequence[int]) -> None:
         raise ValueError("points must differ from each other and lie in 1..255")
 
 
-def _evaluate(coefficients: ByteArray, points: Sequence[int]) -> ByteArray:
-    """Return the polynomials' values.
+def evaluate(coefficients: ByteArray, points: Sequence[int]) -> ByteArray:
+    """Return the values of k polynomials at the points, by Horner's rule.
 
     Args:
         coefficients: Shape (t, k), uint8, constant term first.
         points: Where, 1..255.
 
     Returns:
-        Shape (n, k), uint8, by Horner's rule.
+        Shape (n, k), uint8.
     """
     at = np.array(points, np.uint8)[:, None]
     values = np.zeros((len(points), coefficients.shape[1]), np.uint8)
@@ -92,7 +92,7 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> dict[int, byt
     if not 1 <= threshold <= len(points):
         raise ValueError(f"threshold must be in 1..{len(points)}, got {threshold}")
     drawn = secret + os.urandom((threshold - 1) * SECRET_BYTES)
-    shares = _evaluate(np.frombuffer(drawn, np.uint8).reshape(threshold, SECRET_BYTES), points)
+    shares = evaluate(np.frombuffer(drawn, np.uint8).reshape(threshold, SECRET_BYTES), points)
     return {point: row.tobytes() for point, row in zip(points, shares, strict=True)}
 
 

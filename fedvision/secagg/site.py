@@ -23,12 +23,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedvision.errors import MessageError, ProtocolError
-from fedvision.secagg import schedule, shamir
+from fedvision.secagg import holding, schedule, shamir
 from fedvision.secagg.codec import encode
 from fedvision.secagg.identity import Identity
 from fedvision.secagg.masking import MaskVector, add_masks
 from fedvision.secagg.merkle import merkle_root, path_fits
 from fedvision.secagg.messages import (
+    SHARE_BYTES,
     Accepted,
     Ack,
     AckRoll,
@@ -38,13 +39,16 @@ from fedvision.secagg.messages import (
     Box,
     Cohort,
     Complaint,
+    Holding,
     Masked,
     MaskedRoll,
     MaskKey,
     Offer,
+    Products,
     Ready,
     ReadyUpload,
     Reveal,
+    SealedShare,
     SeedShare,
     Session,
     Signed,
@@ -53,7 +57,7 @@ from fedvision.secagg.messages import (
     Unmask,
 )
 from fedvision.secagg.schedule import Consortium, read_server, read_signed, sign
-from fedvision.secagg.site_state import Marks, Phase, SiteSession, mapping, pairs
+from fedvision.secagg.site_state import HeldShare, Marks, Phase, SiteSession, mapping, pairs
 from fedvision.secagg.sketch import sketch as sketch_of
 
 
@@ -228,7 +232,9 @@ def mask(
         if dealer == member.number:
             continue
         try:
-            shares[dealer] = open_box(member, state.session, readies[dealer], dealer, entry.box)
+            shares[dealer] = open_box(
+                member.pair_keys[dealer], state.session, readies[dealer], dealer, member.number, entry.box
+            )
         except MessageError:
             marks, state = _move(marks, state, "over")
             complaint = Complaint(state.session, dealer, member.secrets[dealer])
@@ -245,6 +251,7 @@ def mask(
         "masked",
         tau=tau,
         cohort=pairs({number: ready.beacon_hash for number, ready in readies.items()}),
+        nonces=pairs({number: ready.nonce for number, ready in readies.items()}),
         seed_shares=pairs(shares),
         masked=pairs({member.number: digest}),
     )
@@ -271,15 +278,23 @@ def read_cohort(member: SiteMember, state: SiteSession, cohort: Cohort) -> dict[
     return readies
 
 
-def open_box(member: SiteMember, session: Session, ready: Ready, dealer: int, box: Box) -> bytes:
+def open_box(pair: bytes, session: Session, ready: Ready, dealer: int, receiver: int, box: Box) -> bytes:
     """Return the share in a box.
+
+    Args:
+        pair: K_ij of dealer and receiver.
+        session: The session.
+        ready: The dealer's ready message.
+        dealer: Who sealed the box.
+        receiver: Whom it is for.
+        box: The box.
 
     Raises:
         MessageError: It does not open, or is not the share that the dealer committed to.
     """
-    context, pair = schedule.session_bytes(session), member.pair_keys[dealer]
-    share = schedule.unseal(pair, "share", context, ready.nonce, dealer, member.number, box.sealed)
-    if len(share) != 32 or schedule.share_hash(dealer, member.number, share) != box.share_hash:
+    context = schedule.session_bytes(session)
+    share = schedule.unseal(pair, "share", context, ready.nonce, dealer, receiver, box.sealed)
+    if len(share) != 32 or schedule.share_hash(dealer, receiver, share) != box.share_hash:
         raise MessageError("a share is not the one that was committed")
     return share
 
@@ -343,9 +358,69 @@ def send_sketch(
     beta = schedule.make_beta(state.tau, state.root, numbers)
     values = sketch_of(vector, beta)
     members = {number: digest for number, digest in mapping(state.masked).items() if number in numbers}
-    message = Sketch(state.tau, beta, input_bytes(values), bytes(32), bytes(32))
-    marks, state = _move(marks, state, "sketched", beta=beta, masked=pairs(members))
-    return marks, state, encode(SketchUpload(member.sign(message), ()))
+    seed, shares = b"", tuple[SealedShare, ...]()
+    if member.consortium.level(state.session.purpose) == "gram":
+        seed = os.urandom(32)
+        dealt = holding.deal_to_all(member.consortium, sorted(members), values, seed)
+        shares = tuple(_seal_share(member, state, receiver, text) for receiver, text in dealt.items())
+    clear = b"" if shares else input_bytes(values)
+    message = Sketch(state.tau, beta, clear, holding.commitment(seed), holding.shares_root(shares))
+    marks, state = _move(marks, state, "sketched", beta=beta, masked=pairs(members), deal_seed=seed)
+    return marks, state, encode(SketchUpload(member.sign(message), shares))
+
+
+def _seal_share(member: SiteMember, state: SiteSession, receiver: int, text: bytes) -> SealedShare:
+    """Return one holder's part of a dealing; the site's own part is not sent, only committed."""
+    sealed = b""
+    if receiver != member.number:
+        pair = member.pair_keys[receiver]
+        sealed = schedule.seal(pair, "sketch-share", state.tau, state.nonce, member.number, receiver, text)
+    return SealedShare(receiver, schedule.share_hash(member.number, receiver, text), sealed)
+
+
+def hold(
+    member: SiteMember, marks: Marks, state: SiteSession, holding_bytes: bytes, vector: MaskVector
+) -> tuple[Marks, SiteSession, bytes]:
+    """Multiply the shares that were dealt to this site; level ``gram`` (So et al. 2020, on sketches).
+
+    Returns:
+        New marks, new state, the signed ``Products``, or a ``Complaint`` about a dealer.
+    """
+    _expect(state, "sketched")
+    if member.consortium.level(state.session.purpose) != "gram":
+        raise ProtocolError("phase", f"{state.session}: this sum has no shares of sketches")
+    message = read_server(member.consortium, holding_bytes, Holding)
+    _session(state, message.tau)
+    points = sorted(mapping(state.masked))
+    dealers = [entry.sketch.sender for entry in message.entries]
+    _ascending(dealers, points, member.number)
+    _enough(member, len(dealers))
+    own = holding.deal_to_all(member.consortium, points, sketch_of(vector, state.beta), state.deal_seed)
+    texts = {member.number: own[member.number]}
+    for entry in message.entries:
+        dealer = entry.sketch.sender
+        sketch = read_signed(member.consortium, entry.sketch, Sketch)
+        _session(state, sketch.tau)
+        index, count = points.index(member.number), len(points)
+        fits = path_fits(sketch.shares_root, holding.share_leaf(entry.share), index, count, entry.path)
+        if sketch.beta != state.beta or entry.share.receiver != member.number or not fits:
+            raise ProtocolError("box", f"{state.session}: a share is not the one that its dealer signed")
+        if dealer == member.number:
+            continue
+        nonce = mapping(state.nonces)[dealer]
+        try:
+            pair = member.pair_keys[dealer]
+            texts[dealer] = holding.open_share(
+                member.consortium, pair, state.tau, nonce, dealer, entry.share, len(points)
+            )
+        except MessageError:
+            marks, state = _move(marks, state, "over")
+            complaint = Complaint(state.session, dealer, member.secrets[dealer])
+            return marks, state, encode(member.sign(complaint))
+    products, zeros = holding.multiply(member.consortium, texts, message.challenge)
+    held = tuple(HeldShare(dealer, texts[dealer][:SHARE_BYTES]) for dealer in dealers)
+    marks, state = _move(marks, state, "held", held=held)
+    return marks, state, encode(member.sign(Products(state.tau, bytes(dealers), products, zeros)))
 
 
 def acknowledge(
@@ -371,7 +446,7 @@ def acknowledge(
         raise ProtocolError(
             "accepted-set", f"{state.session}: the set is not ascending or leaves this site out"
         )
-    allowed = cohort if level == "sum" else set(known)
+    allowed = {"sum": cohort, "sketch": set(known), "gram": {item.dealer for item in state.held}}[level]
     if not inside <= allowed or any(known.get(i, digests[i]) != digests[i] for i in inside):
         raise ProtocolError("accepted-set", f"{state.session}: the set names an input that was not committed")
     if state.phase == "acked" and not inside < set(mapping(state.accepted)):
@@ -382,7 +457,7 @@ def acknowledge(
     root = schedule.accepted_root(accepted.entries)
     peers = sorted(outside)
     keys, _ = member.mask_keys(peers, state.tau)
-    reveal = Reveal(state.tau, tuple(map(MaskKey, peers, keys)), b"")
+    reveal = Reveal(state.tau, tuple(map(MaskKey, peers, keys)))
     marks, state = _move(marks, state, "acked", accepted=pairs(digests), root=root)
     upload = AckUpload(member.sign(Ack(state.tau, root)), member.sign(reveal))
     return marks, state, encode(upload)
@@ -411,7 +486,8 @@ def unmask(
             f"the threshold is {member.consortium.charter.threshold}",
         )
     marks = marks.unmasking(state.session)
-    state = replace(state, step=marks.step, phase="unmasked")
+    sum_share = holding.add_held(state.held, inside)
+    state = replace(state, step=marks.step, phase="unmasked", held=())
     held = mapping(state.seed_shares)
     shares = tuple(SeedShare(number, held[number]) for number in inside)
-    return marks, state, encode(member.sign(Unmask(state.tau, shares)))
+    return marks, state, encode(member.sign(Unmask(state.tau, shares, sum_share)))

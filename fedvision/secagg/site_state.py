@@ -30,9 +30,11 @@ class SiteSession:
         tau: Names the session once the cohort is known.
         input_digest: SHA-256 of the encoded input, which lies in a file beside.
         cohort: Site and committed beacon hash of every site of the cohort.
+        nonces: Site and nonce of every site of the cohort.
         seed_shares: Site and share of its b_j, for every other site of the cohort.
         masked: Site and hash of its masked input, as far as known: the own one, later the roll's.
         beta, deal_seed: The sketch's seed, and that of its dealing at level ``gram``.
+        held: The shares of the dealers' rounded sketches at level ``gram``.
         accepted: Site and hash of the accepted set that was acknowledged last.
         root: Its Merkle root.
     """
@@ -49,17 +51,18 @@ class SiteSession:
     input_digest: Bytes32 = field(repr=False)
     tau: Annotated[bytes, AtMost(32)] = b""
     cohort: Digests = ()
+    nonces: Digests = ()
     seed_shares: Digests = field(default=(), repr=False)
     masked: Digests = ()
     beta: Annotated[bytes, AtMost(32)] = b""
     deal_seed: Annotated[bytes, AtMost(32)] = field(default=b"", repr=False)
-    holdings: Annotated[tuple["Holding", ...], Many] = field(default=(), repr=False)
+    held: Annotated[tuple["HeldShare", ...], Many] = field(default=(), repr=False)
     accepted: Digests = ()
     root: Annotated[bytes, AtMost(32)] = b""
 
 
 @dataclass(frozen=True)
-class Holding:
+class HeldShare:
     """The share of a dealer's rounded sketch that this site holds, packed uint64."""
 
     dealer: U8

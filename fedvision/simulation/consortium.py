@@ -63,7 +63,7 @@ def check_size(job: Job, num_sites: int) -> None:
     if num_sites < 3:
         raise ConfigError(
             f"secure aggregation needs at least 3 sites that train, the job has {num_sites}",
-            "the sum of two tells each the other's update; to train without it set aggregation.secure = false",
+            "the sum of two tells each the other's update; aggregation.secure = false trains without it",
         )
     if num_sites < smallest:
         raise ConfigError(
@@ -128,7 +128,7 @@ def make_consortium(plan: "Plan", weight_cap: int, folder: Path) -> None:
         weight_cap=weight_cap if job.aggregation.weighting == "samples" else 1,
         metric_caps=(LOSS_CAP,),
         releases=tuple(releases),
-        statistics_size=judgement_size(1, job),
+        statistics_size=judgement_size(1, job, is_final=True),
         resamples=job.evaluation.bootstrap,
     )
     identity_line = identity.public_line(GOVERNANCE_NAME, governance.public)

@@ -71,7 +71,7 @@ def resample_patients(
     return counts @ by_patient
 
 
-def judgement_values(statistics: NDArray[np.float64], job: Job) -> NDArray[np.float64]:
+def judgement_values(statistics: NDArray[np.float64], job: Job, is_final: bool) -> NDArray[np.float64]:
     """Return what a site adds to a secure sum: its statistics, its own metrics, and which are defined.
 
     The metrics are there because a mean over sites cannot be had from pooled statistics.
@@ -79,21 +79,24 @@ def judgement_values(statistics: NDArray[np.float64], job: Job) -> NDArray[np.fl
     Args:
         statistics: Shape (R, S), see ``resample_patients``.
         job: Says which metrics there are.
+        is_final: Whether these are of the final test, which has more metrics.
 
     Returns:
         Shape (R * (S + 2 M),): all statistics, then M metrics a row (0 where undefined), then M ones and
         zeros a row.
     """
-    names = metric_names(job)
+    names = metric_names(job, is_final)
     found = [task_module(job).metrics(row, job) for row in statistics]
-    values = np.array([[row[name] for name in names] for row in found]).reshape(len(statistics), len(names))
+    values = np.array([[row.get(name, np.nan) for name in names] for row in found]).reshape(
+        len(statistics), len(names)
+    )
     defined = ~np.isnan(values)
     parts = (statistics.ravel(), np.where(defined, values, 0.0).ravel(), defined.ravel().astype(np.float64))
     return np.concatenate(parts)
 
 
 def split_judgement(
-    values: NDArray[np.float64], num_rows: int, job: Job
+    values: NDArray[np.float64], num_rows: int, job: Job, is_final: bool
 ) -> tuple[NDArray[np.float64], list[dict[str, float]]]:
     """Return pooled statistics, shape (R, S), and each row's mean over sites, from added-up values.
 
@@ -101,8 +104,9 @@ def split_judgement(
         values: Sum over sites of ``judgement_values``.
         num_rows: R.
         job: As there.
+        is_final: As there.
     """
-    names, size = metric_names(job), task_module(job).statistics_size(job)
+    names, size = metric_names(job, is_final), task_module(job).statistics_size(job)
     statistics = values[: num_rows * size].reshape(num_rows, size)
     sums, counts = values[num_rows * size :].reshape(2, num_rows, len(names))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -110,12 +114,13 @@ def split_judgement(
     return statistics, [dict(zip(names, map(float, row), strict=True)) for row in means]
 
 
-def judgement_size(num_rows: int, job: Job) -> int:
+def judgement_size(num_rows: int, job: Job, is_final: bool) -> int:
     """Return the length of ``judgement_values``."""
-    return num_rows * (task_module(job).statistics_size(job) + 2 * len(metric_names(job)))
+    return num_rows * (task_module(job).statistics_size(job) + 2 * len(metric_names(job, is_final)))
 
 
-def metric_names(job: Job) -> tuple[str, ...]:
-    """Return the names of a job's metrics, sorted; they do not depend on data."""
+def metric_names(job: Job, is_final: bool) -> tuple[str, ...]:
+    """Return the names of a job's metrics in validation or in the final test, sorted; no data decides."""
     task = task_module(job)
-    return tuple(sorted(task.metrics(np.zeros(task.statistics_size(job)), job)))
+    example = np.full(task.statistics_size(job), float(is_final))
+    return tuple(sorted(task.metrics(example, job)))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from fedvision.secagg.encoding import decode_statistics, encode_statistics
 from numpy.typing import NDArray
 
 from fedvision.errors import MessageError, RoundError
+from fedvision.secagg.encoding import decode_statistics, encode_statistics
 from fedvision.tasks import task_module
 from fedvision.training.evaluation import judgement_size, split_judgement
 from fedvision.updates.layout import FloatVector, model_digest
@@ -149,7 +149,7 @@ def secure_judgement(
     def on_ready(site: str) -> None:
         federation.observe({"event": "judged", "round": number, "site": site, "split": split})
 
-    size = judgement_size(num_rows, job)
+    size = judgement_size(num_rows, job, is_final)
     found = secure.add_up(
         purpose,
         number,
@@ -160,7 +160,7 @@ def secure_judgement(
         on_ready,
     )
     values = decode_statistics(found.total, (size,))
-    return Judgement(found.sites, *split_judgement(values, num_rows, job))
+    return Judgement(found.sites, *split_judgement(values, num_rows, job, is_final))
 
 
 def sum_rows(replies: Sequence[EvaluateReply]) -> NDArray[np.float64]:

@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from fedvision.secagg.masking import MaskVector
 
 from fedvision.errors import MessageError, ProtocolError, RoundError
 from fedvision.secagg import schedule
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.dispute import Trial
 from fedvision.secagg.identity import Identity
+from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.messages import Documents, EnrolmentRoll, Evidence, Purpose, Session, Signed
 from fedvision.secagg.schedule import Consortium
-from fedvision.secagg.server import AttemptError, MaskedSum, SumRound
+from fedvision.secagg.server import AttemptError, Disputed, MaskedSum, SumRound
 from fedvision.secagg.transcript import make_transcript
 from fedvision.storage import read_json, write_atomic, write_json
 from fedvision.wire.messages import HelloReply, Refusal, Request, SecureReply, SecureRequest, Step, as_vector
@@ -203,14 +203,17 @@ class SecureServer:
             ThrownAway: The sum is wrong and its shares have left; the liars are out.
             RoundError: Too few sites, attempt after attempt.
         """
-        last, unexplained = "", 0
+        last, unexplained, absent = "", 0, set[str]()
         for session in self._attempts(purpose, number):
             left = [site for site in sites if site not in self.expelled]
+            present = [site for site in left if site not in absent]
+            left = present if len(present) >= self.consortium.quorum else left
             try:
                 return self._attempt(session, model, left, length, request, on_ready)
             except AttemptError as error:
                 last = str(error)
                 self._expel(session, error.evidence)
+                absent |= {self.names[site] for site in error.absent}
                 event = {"event": "attempt", "round": number, "purpose": purpose, "attempt": session.attempt}
                 self._federation.tell({**event, "status": "failed", "reason": last})
                 remaining = [site for site in left if site not in self.expelled]
@@ -268,7 +271,12 @@ class SecureServer:
         if attempt.level != "sum":
             each("beacon", dict.fromkeys(attempt.views.masked, attempt.masked_roll()), attempt.add_beacon)
             each("sketch", dict.fromkeys(attempt.views.beacons, attempt.beacon_roll()), attempt.add_sketch)
-        accepted = attempt.accept()
+        if attempt.level == "gram":
+            each("hold", attempt.hold(), attempt.add_products)
+        try:
+            accepted = attempt.accept()
+        except Disputed as error:
+            raise AttemptError(str(error), self._verdict(attempt, None)) from None
         each("accept", dict.fromkeys(attempt.inside, accepted), attempt.add_ack)
         while attempt.needs_shrinking:
             accepted = attempt.shrink()
@@ -293,8 +301,18 @@ class SecureServer:
         Raises:
             ThrownAway: Always.
         """
+        found = self._verdict(attempt, outcome)
+        self._expel(attempt.session, found)
+        names = ", ".join(self.names[item.site] for item in found) or "nobody"
+        raise ThrownAway(
+            f"round {attempt.session.round}: the sum is not the sum of the sketches; "
+            f"it is thrown away, and {names} is out"
+        )
+
+    def _verdict(self, attempt: SumRound, outcome: MaskedSum | None) -> list[Evidence]:
+        """Hold a dispute and return what it proves."""
         trial, number = Trial(attempt, outcome), attempt.session.round
-        bodies = {self.names[site]: trial.request() for site in attempt.inside}
+        bodies = {self.names[site]: trial.request() for site in trial.sites}
         list(
             self._gather(
                 "dispute", number, bodies, lambda i, reply: trial.add_report(i, reply.body.tobytes())
@@ -307,12 +325,7 @@ class SecureServer:
                     trial.add_opening(i, peer, reply.body.tobytes())
 
                 list(self._gather("open", number, {self.names[site]: trial.open_request(site, peer)}, take))
-        found = trial.verdict()
-        self._expel(attempt.session, found)
-        names = ", ".join(self.names[item.site] for item in found) or "nobody"
-        raise ThrownAway(
-            f"round {number}: the sum is not the sum of the sketches; it is thrown away, and {names} is out"
-        )
+        return trial.verdict()
 
     def _expel(self, session: Session, evidence: Sequence[Evidence]) -> None:
         for item in evidence:

@@ -110,6 +110,6 @@ def encode_update(
     return encoding.encode(released.update, num_cases, [loss], hashlib.sha256(seed).digest())
 
 
-def encode_judgement(statistics: NDArray[np.float64], job: Job) -> MaskVector:
+def encode_judgement(statistics: NDArray[np.float64], job: Job, is_final: bool) -> MaskVector:
     """Return the input of a statistics sum, see ``judgement_values``; to be masked."""
-    return encode_statistics(judgement_values(statistics, job))
+    return encode_statistics(judgement_values(statistics, job, is_final))

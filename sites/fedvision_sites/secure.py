@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from fedvision.secagg.masking import MaskVector
 
 from fedvision.config import Job
 from fedvision.errors import ProtocolError
 from fedvision.secagg import dispute, identity, schedule
 from fedvision.secagg import site as protocol
 from fedvision.secagg.codec import decode, encode
+from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.messages import Documents, Enrolment, EnrolmentRoll, Offer, PairPublic, Session
 from fedvision.secagg.roster import parse_signed
 from fedvision.secagg.schedule import Consortium, read_server
@@ -92,13 +92,10 @@ def read_documents(documents: Documents, governance: bytes) -> Consortium:
     """Return roster and charter after their signatures were verified.
 
     Raises:
-        MessageError: A document is malformed or not signed by ``governance``.
-        ProtocolError: The charter is of another roster.
+        MessageError: A document is malformed, not signed by ``governance``, or of another roster.
     """
     roster = parse_signed(documents.roster, "roster", governance)
-    charter = parse_signed(documents.charter, "charter", governance)
-    if charter.roster != roster.digest().hex() or charter.federation != roster.federation:
-        raise ProtocolError("charter", "the charter is of another roster")
+    charter = parse_signed(documents.charter, "charter", governance, roster)
     return Consortium(roster, charter)
 
 
@@ -222,6 +219,8 @@ class SecureSite:
             marks, state, answer = protocol.reveal_beacon(member, marks, state, body)
         elif step == "sketch":
             marks, state, answer = protocol.send_sketch(member, marks, state, body, self._input(state))
+        elif step == "hold":
+            marks, state, answer = protocol.hold(member, marks, state, body, self._input(state))
         elif step == "accept":
             marks, state, answer = protocol.acknowledge(member, marks, state, body)
         elif step == "unmask":

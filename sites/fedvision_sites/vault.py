@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import numpy as np
-from fedvision.secagg.masking import MaskVector
 
 from fedvision.errors import MessageError, ProtocolError, StorageError
 from fedvision.secagg.codec import U8, AtMost, decode, encode, message
+from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.messages import EnrolmentRoll, PairPublic, Session, Signed
 from fedvision.secagg.site_state import Marks, SiteSession
 from fedvision.storage import write_atomic

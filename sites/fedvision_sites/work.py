@@ -284,7 +284,7 @@ class Site:
             raise ProtocolError("session", f"{session}: the offer is not for this split and round")
         vector = site.pending(session, model)
         if vector is None:
-            vector = encode_judgement(self._judge(request, prepared).statistics, job)
+            vector = encode_judgement(self._judge(request, prepared).statistics, job, request.is_final)
             site.keep(session, model, vector)
         answer = site.begin(offer, model, vector)
         return ready_reply(self.config.name, request.job_digest, request.round, "ready", answer)

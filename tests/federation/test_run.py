@@ -184,9 +184,7 @@ def test_too_few_updates_fail_the_round_and_keep_the_last_model(tiny, run_tiny: 
 
     for path in (tiny.root / "b").glob("train?.png"):
         Image.fromarray(np.full((32, 32), 7, np.uint8)).save(path)
-    job = tiny.changed(
-        model__name=f"{__name__}:diverge", model__args={}, aggregation={"clip_norm": 5, "min_sites": 3}
-    )
+    job = tiny.changed(model__name=f"{__name__}:diverge", model__args={}, aggregation__min_sites=3)
     with pytest.raises(RoundError, match="2 of 3 updates were accepted, 3 are needed"):
         run_tiny(job)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fedvision.storage import load_tensors, read_json, read_lines
+from tests.conftest import write_site
 
 Run = Callable[..., Path]
 
@@ -16,11 +17,30 @@ def model(run: Path) -> np.ndarray:
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
 
 
+def test_the_statistics_of_a_sum_are_those_of_plain_aggregation(tiny, run_tiny: Run) -> None:
+    job = tiny.secure(rounds=1, secure_aggregation__release=[])
+    hidden = read_json(run_tiny(job, "hidden") / "test.json")
+    plain = read_json(run_tiny(tiny.changed(rounds=1), "plain") / "test.json")
+    assert hidden["sites"] == {}
+    for name in ("mean_site", "mean_site_intervals"):
+        for metric, value in plain[name].items():
+            assert hidden[name][metric] == pytest.approx(value, abs=1e-4), (name, metric)
+    for metric, value in plain["pooled"]["metrics"].items():
+        assert hidden["pooled"]["metrics"][metric] == pytest.approx(value, abs=1e-4), metric
+
+
 @pytest.mark.parametrize("level", ["sum", "sketch"])
 def test_the_model_is_that_of_plain_aggregation_but_for_rounding(tiny, run_tiny: Run, level: str) -> None:
     hidden = model(run_tiny(tiny.secure(level, rounds=1), "hidden"))
     plain = model(run_tiny(tiny.changed(rounds=1), "plain"))
     assert not np.array_equal(hidden, plain)
+    assert np.abs(hidden - plain).max() < 1e-6
+
+
+def test_level_gram_runs_with_four_sites(tiny, run_tiny: Run) -> None:
+    write_site(tiny.root, "d")
+    hidden = model(run_tiny(tiny.secure("gram", rounds=1), "hidden"))
+    plain = model(run_tiny(tiny.changed(rounds=1), "plain"))
     assert np.abs(hidden - plain).max() < 1e-6
 
 
