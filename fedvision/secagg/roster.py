@@ -70,6 +70,13 @@ def colluding_bound(num_sites: int) -> int:
     return -(-num_sites // 3) - 1
 
 
+def level_for(setting: Level | Literal["auto"], num_sites: int) -> Level:
+    """Return a job's level: its setting, or for ``auto`` sum below 5 sites, sketch below 10, then gram."""
+    if setting != "auto":
+        return setting
+    return "sum" if num_sites < 5 else "sketch" if num_sites < 10 else "gram"
+
+
 def scale_for(num_sites: int) -> int:
     """Return S = floor(2**30 / n), the fixed-point scale without noise: n inputs of at most S never wrap.
 

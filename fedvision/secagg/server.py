@@ -145,6 +145,7 @@ class SumRound:
         length: Number of coordinates of an input.
         norm_bound: Largest L2 norm of a compliant encoded input; for sketches.
         store: Keeps masked inputs; used at levels ``sketch`` and ``gram`` only.
+        threads: CPU threads for removing masks.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class SumRound:
         length: int,
         norm_bound: float,
         store: Store,
+        threads: int = 1,
     ) -> None:
         self.consortium = consortium
         self.publics = publics
@@ -174,6 +176,7 @@ class SumRound:
         self.gram = np.zeros((0, 0), np.int64)
         self._identity = identity
         self._store = store
+        self._threads = threads
         self._sum = np.zeros(length, np.uint32)
         self.said: dict[str, Signed] = {}
 
@@ -576,7 +579,7 @@ class SumRound:
             for peer, key in self.views.keys.get(site, {}).items():
                 keys.append(key)
                 signs.append(-schedule.pair_sign(site, peer))
-        add_masks(total, keys, signs)
+        add_masks(total, keys, signs, self._threads)
         fits = True
         if self.level == "sketch":
             claimed = np.zeros(2048, np.uint32)

@@ -28,7 +28,8 @@ class SiteSession:
         ready: The site's own ready message.
         nonce, seed, beacon, own_share: Its secrets: nonce, b_i, r_i, and its own share of b_i.
         tau: Names the session once the cohort is known.
-        input_digest: SHA-256 of the encoded input, which lies in a file beside.
+        input_digest: SHA-256 of the encoded input, which lies in a file beside, so that masked input and
+            sketch are of the same; zeros at level ``sum``.
         cohort: Site and committed beacon hash of every site of the cohort.
         nonces: Site and nonce of every site of the cohort.
         seed_shares: Site and share of its b_j, for every other site of the cohort.

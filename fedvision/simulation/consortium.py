@@ -16,10 +16,10 @@ from fedvision.secagg import identity
 from fedvision.secagg.messages import Documents
 from fedvision.secagg.roster import (
     Charter,
-    Level,
     Member,
     Release,
     Roster,
+    level_for,
     load_charter,
     load_roster,
     save_signed,
@@ -43,14 +43,6 @@ LOSS_CAP = 16.0
 """Largest mean training loss that the sum of losses tells apart."""
 
 
-def choose_level(job: Job, num_sites: int) -> Level:
-    """Return the job's level; ``auto`` is sum below 5 sites, sketch below 10, gram from 10."""
-    level = job.secure_aggregation.level
-    if level != "auto":
-        return level
-    return "sum" if num_sites < 5 else "sketch" if num_sites < 10 else "gram"
-
-
 def check_size(job: Job, num_sites: int) -> None:
     """Check that a job with secure aggregation has enough sites, and not too many.
 
@@ -71,6 +63,11 @@ def check_size(job: Job, num_sites: int) -> None:
             f"add sites, or write smallest_cohort = {num_sites}: a sum of so few says much about each"
             if num_sites < 5
             else "add sites, or lower secure_aggregation.smallest_cohort",
+        )
+    if job.secure_aggregation.level == "gram" and num_sites < 4:
+        raise ConfigError(
+            f'secure_aggregation.level = "gram" needs at least 4 sites that train, the job has {num_sites}',
+            'level = "sketch" works with 3',
         )
     if num_sites > 255:
         raise ConfigError(f"secure aggregation takes at most 255 sites, the job has {num_sites}")
@@ -122,7 +119,7 @@ def make_consortium(plan: "Plan", weight_cap: int, folder: Path) -> None:
         smallest_cohort_waiver=job.secure_aggregation.smallest_cohort < 5,
         rounds=job.rounds,
         max_attempts=MAX_ATTEMPTS,
-        level=choose_level(job, len(sites)),
+        level=level_for(job.secure_aggregation.level, len(sites)),
         clip_norm=job.aggregation.clip_norm,
         scale=scale_for(len(sites)),
         weight_cap=weight_cap if job.aggregation.weighting == "samples" else 1,

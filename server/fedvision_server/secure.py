@@ -14,6 +14,7 @@ Rules:
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,7 +250,15 @@ class SecureServer:
         """Do all steps of one attempt, in the order of ``secagg.messages``."""
         bound = self.consortium.encoding.norm_bound
         attempt = SumRound(
-            self.consortium, self._publics, self._keys.identity, session, model, length, bound, self._store
+            self.consortium,
+            self._publics,
+            self._keys.identity,
+            session,
+            model,
+            length,
+            bound,
+            self._store,
+            len(os.sched_getaffinity(0)),
         )
         number = session.round
         offered = request(self.consortium.digest.hex(), attempt.offer())

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from fedvision.secagg.encoding import encode_statistics
-from fedvision.secagg.masking import MaskVector
 from numpy.typing import NDArray
 
 from fedvision.config import Job
 from fedvision.errors import TrainingError
+from fedvision.secagg.encoding import encode_statistics
+from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.schedule import Consortium
 from fedvision.seeds import derive_seed
 from fedvision.training.evaluation import judgement_values, resample_patients

@@ -19,7 +19,7 @@ from fedvision.secagg import site as protocol
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.messages import Documents, Enrolment, EnrolmentRoll, Offer, PairPublic, Session
-from fedvision.secagg.roster import parse_signed
+from fedvision.secagg.roster import level_for, parse_signed
 from fedvision.secagg.schedule import Consortium, read_server
 from fedvision.secagg.site import SiteMember
 from fedvision.updates.layout import Layout
@@ -112,10 +112,16 @@ def check_charter(consortium: Consortium, job: Job, layout: Layout) -> None:
         ("size", charter.size, layout.size),
         ("clip_norm", charter.clip_norm, job.aggregation.clip_norm),
         ("rounds", charter.rounds, job.rounds),
+        ("level", charter.level, level_for(job.secure_aggregation.level, len(charter.sites))),
         ("smallest_cohort", charter.smallest_cohort, job.secure_aggregation.smallest_cohort),
     ):
         if theirs != ours:
             raise ProtocolError(f"charter-{field_name}", f"{field_name} of the charter is not the job's")
+    cap = job.secure_aggregation.weight_cap
+    if job.aggregation.weighting == "uniform":
+        cap = 1
+    if cap is not None and charter.weight_cap != cap:
+        raise ProtocolError("charter-weight_cap", "weight_cap of the charter is not the job's")
     releases = "test_by_site" in charter.releases
     if releases != ("test" in job.secure_aggregation.release):
         raise ProtocolError("charter-releases", "releases of the charter are not the job's")

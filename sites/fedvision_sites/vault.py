@@ -4,6 +4,7 @@
     STATE/secagg/CHARTER/session     secrets and progress of the session under way
     STATE/secagg/CHARTER/input-*     its encoded input, so that another attempt needs no new training
     GUARD/CHARTER                    the high-water marks
+    GUARD/released-JOB               the model whose test results the site released on its own
 
 Rules:
 - Marks are on disk before an answer leaves, and before the session that goes with them.
@@ -41,6 +42,24 @@ class EnrolmentFile:
     secrets: Annotated[tuple[PairPublic, ...], AtMost(255)] = field(repr=False)
     own: Signed
     roll: EnrolmentRoll
+
+
+def pin_release(guard: Path, job_digest: str, model: bytes) -> None:
+    """Note which model's test results a site released for a job; it releases those of no other.
+
+    Args:
+        guard: The folder of the marks.
+        job_digest: Of the job, hexadecimal.
+        model: SHA-256 of the model.
+
+    Raises:
+        ProtocolError: Results of another model were released before.
+    """
+    path = guard / f"released-{job_digest[:16]}"
+    if not path.exists():
+        write_atomic(path, model, PRIVATE)
+    elif path.read_bytes() != model:
+        raise ProtocolError("released", "this site released test results of another model of this job")
 
 
 class Vault:

@@ -59,6 +59,7 @@ from fedvision_sites.release import (
 )
 from fedvision_sites.secure import NOTHING, SecureConfig, SecureSite, enrol
 from fedvision_sites.state import load_local, save_local
+from fedvision_sites.vault import pin_release
 
 logger = logging.getLogger(__name__)
 
@@ -276,6 +277,8 @@ class Site:
                 "releases", f"the charter does not release statistics of {request.split} by site"
             )
         if not is_hidden:
+            if job.aggregation.secure:
+                pin_release(self._secure_config().guard, request.job_digest, model_digest(request.weights))
             return self._judge(request, prepared)
         site, offer = self._secure_site(request.charter), request.offer.tobytes()
         session, model = site.open_session(offer), model_digest(request.weights)
