@@ -70,6 +70,7 @@ def _fields(cls: type) -> tuple[tuple[str, Any], ...]:
     return tuple((field.name, hints[field.name]) for field in dataclasses.fields(cls))
 
 
+@functools.cache
 def _rule(hint: Any) -> tuple[Any, Any]:
     """Return the bare type of a hint and its rule, None where it has none."""
     if typing.get_origin(hint) is Annotated:

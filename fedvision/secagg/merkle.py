@@ -31,15 +31,19 @@ def merkle_root(leaves: Sequence[bytes]) -> bytes:
     return _levels(leaves)[-1][0] if leaves else hashlib.sha256(b"").digest()
 
 
-def merkle_path(leaves: Sequence[bytes], index: int) -> tuple[bytes, ...]:
-    """Return the partners of leaf ``index`` from the bottom up: the proof that it belongs to the root."""
-    path = []
-    for level in _levels(leaves)[:-1]:
-        partner = index ^ 1
-        if partner < len(level):
-            path.append(level[partner])
-        index //= 2
-    return tuple(path)
+def merkle_paths(leaves: Sequence[bytes]) -> list[tuple[bytes, ...]]:
+    """Return, for each leaf, its partners from the bottom up: the proof that it belongs to the root."""
+    levels = _levels(leaves)[:-1]
+    paths = []
+    for leaf in range(len(leaves)):
+        path, index = [], leaf
+        for level in levels:
+            partner = index ^ 1
+            if partner < len(level):
+                path.append(level[partner])
+            index //= 2
+        paths.append(tuple(path))
+    return paths
 
 
 def path_fits(root: bytes, leaf: bytes, index: int, count: int, path: Sequence[bytes]) -> bool:

@@ -23,7 +23,7 @@ from fedvision.secagg.codec import decode, encode, kind_of
 from fedvision.secagg.gram import over_bound
 from fedvision.secagg.identity import Identity
 from fedvision.secagg.masking import MaskVector, add_masks
-from fedvision.secagg.merkle import merkle_path, merkle_root
+from fedvision.secagg.merkle import merkle_paths, merkle_root
 from fedvision.secagg.messages import (
     SERVER,
     SHARE_BYTES,
@@ -227,12 +227,12 @@ class SumRound:
         readies = [self.views.ready[site] for site in self.cohort]
         self.tau = schedule.make_tau(self.consortium, self.session, self.model, readies)
         sites = self.consortium.charter.sites
-        leaves = {i: [box_leaf(self.views.boxes[i][j]) for j in sites] for i in self.cohort}
+        paths = {i: merkle_paths([box_leaf(self.views.boxes[i][j]) for j in sites]) for i in self.cohort}
         messages = {}
         for site in self.cohort:
             index = sites.index(site)
             entries = tuple(
-                CohortEntry(self.views.ready[i], self.views.boxes[i][site], merkle_path(leaves[i], index))
+                CohortEntry(self.views.ready[i], self.views.boxes[i][site], paths[i][index])
                 for i in self.cohort
             )
             messages[site] = self.say(Cohort(self.session, entries))
@@ -377,14 +377,14 @@ class SumRound:
         dealers, points = sorted(self.views.sketches), sorted(self.views.beacons)
         self._require(dealers, "sketches were shared")
         self.challenge = holding.fresh_challenge()
-        leaves = {d: [holding.share_leaf(self.views.sealed[d][p]) for p in points] for d in dealers}
+        paths = {
+            d: merkle_paths([holding.share_leaf(self.views.sealed[d][p]) for p in points]) for d in dealers
+        }
         messages = {}
         for site in dealers:
             index = points.index(site)
             entries = tuple(
-                HoldingEntry(
-                    self.views.sketches[d], self.views.sealed[d][site], merkle_path(leaves[d], index)
-                )
+                HoldingEntry(self.views.sketches[d], self.views.sealed[d][site], paths[d][index])
                 for d in dealers
             )
             messages[site] = self.say(Holding(self.tau, self.challenge, entries))

@@ -1,6 +1,7 @@
 """The server's Flower ServerApp: carries ``round``'s requests over Flower's Grid."""
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,13 +10,24 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedvision.config import Job
 from fedvision.errors import MessageError, Stopped
-from fedvision.wire.messages import HelloRequest, Refusal, Reply, Request
+from fedvision.wire.messages import (
+    HelloRequest,
+    Refusal,
+    Reply,
+    Request,
+    SecureRequest,
+    TrainRequest,
+)
 from fedvision.wire.records import MESSAGE_TYPES, pack, unpack
 from fedvision_server.federation import Cohort, Observer
 from fedvision_server.round import run_job
 from fedvision_server.secure import ServerKeys
 
 FIRST_POLL_S, LAST_POLL_S = 0.01, 0.25
+OPEN_BYTES = 1 << 30
+"""Steps of secure aggregation are quick, so as many are open at a time as fit in this with their vectors."""
+PATIENCE = 20
+"""A pause between polls is this part of the time waited so far: short steps are seen at once."""
 
 
 class GridLink:
@@ -26,7 +38,7 @@ class GridLink:
     Args:
         grid: Flower's.
         num_nodes: How many sites to wait for before the first request.
-        window: Most requests that are open at a time, which bounds the memory they take.
+        window: Most requests with weights that are open at a time, which bounds the memory they take.
         stop: Set by whoever wants the run to end early.
     """
 
@@ -35,6 +47,7 @@ class GridLink:
         self._num_nodes = num_nodes
         self._window = window
         self._stop = stop
+        self._vector_bytes = 1
 
     def nodes(self) -> list[int]:
         """Return the sites' addresses, once all of them are there."""
@@ -46,9 +59,15 @@ class GridLink:
         """Send each node its request; yield each reply as it comes. See ``round.Link``."""
         waiting, sent = list(requests), dict[str, int]()
         packed: tuple[Request | None, RecordDict] = (None, RecordDict())
-        pause_s = FIRST_POLL_S
+        asked_at = time.monotonic()
+        window = self._window
+        for request in requests.values():
+            if isinstance(request, SecureRequest):
+                window = max(window, OPEN_BYTES // self._vector_bytes)
+            elif isinstance(request, TrainRequest):
+                self._vector_bytes = max(1, request.weights.nbytes)
         while waiting or sent:
-            while waiting and len(sent) < self._window:
+            while waiting and len(sent) < window:
                 node = waiting.pop(0)
                 request = requests[node]
                 if packed[0] is not request:  # most often all nodes get the same
@@ -62,9 +81,9 @@ class GridLink:
                 asked = requests[node]
                 number = 0 if isinstance(asked, HelloRequest) else asked.round
                 yield node, read_reply(message, asked.job_digest, number)
-            pause_s = FIRST_POLL_S if replies else min(2 * pause_s, LAST_POLL_S)
             if not replies:
-                self._wait(pause_s)
+                waited_s = time.monotonic() - asked_at
+                self._wait(min(max(FIRST_POLL_S, waited_s / PATIENCE), LAST_POLL_S))
 
     def _wait(self, seconds: float) -> None:
         if self._stop.wait(seconds):

@@ -99,6 +99,7 @@ def one_round(federation: Federation, state: RunState) -> RunState:
         "update_norm": l2_norm(mean_update.astype(np.float32)),
         "level": gathered.level,
         "train_loss": gathered.train_loss,
+        "sum_seconds": round(gathered.sum_seconds, 3),
         "validation": validation,
         "is_best": following.best_round == number,
         "seconds": round(time.perf_counter() - started, 3),
@@ -119,12 +120,14 @@ class Gathered:
         num_sites: How many sites' updates are in it.
         level: The level of secure aggregation, "off" without it.
         train_loss: Weighted mean over sites; None where it was sent by each site.
+        sum_seconds: Wall time that hiding the updates took, after training.
     """
 
     mean_update: NDArray[np.float64]
     num_sites: int
     level: str
     train_loss: float | None
+    sum_seconds: float = 0.0
 
 
 def secure_update(federation: Federation, state: RunState) -> Gathered:
@@ -154,7 +157,7 @@ def secure_update(federation: Federation, state: RunState) -> Gathered:
     found = secure.add_up("train", number, model, federation.cohort.train, encoding.length, request, on_ready)
     require_sites(federation, number, len(found.sites))
     decoded = encoding.decode(found.total)
-    return Gathered(decoded.mean_update, len(found.sites), found.level, decoded.metrics[0])
+    return Gathered(decoded.mean_update, len(found.sites), found.level, decoded.metrics[0], found.seconds)
 
 
 def clear_update(federation: Federation, state: RunState) -> Gathered:

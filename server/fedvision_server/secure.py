@@ -15,6 +15,7 @@ Rules:
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,11 +72,13 @@ class SecureSum:
         total: uint32.
         sites: Names of the accepted sites.
         level: What ran.
+        seconds: Wall time from the last ready site to the sum.
     """
 
     total: MaskVector = field(repr=False)
     sites: tuple[str, ...]
     level: str
+    seconds: float
 
 
 class DiskStore:
@@ -275,6 +278,7 @@ class SecureServer:
 
         for site in self._gather("ready", number, {}, take_ready, dict.fromkeys(sites, offered)):
             on_ready(site)
+        started = time.perf_counter()
         bodies = {self.names[site]: body for site, body in attempt.weave().items()}
         list(self._gather("mask", number, bodies, take_masked))
         if attempt.level != "sum":
@@ -297,7 +301,8 @@ class SecureServer:
         if not outcome.fits:
             self._try(attempt, outcome)
         self._keep(attempt, outcome)
-        return SecureSum(outcome.total, tuple(self.names[site] for site in attempt.inside), attempt.level)
+        sites = tuple(self.names[site] for site in attempt.inside)
+        return SecureSum(outcome.total, sites, attempt.level, time.perf_counter() - started)
 
     def _tell_excluded(self, attempt: SumRound) -> None:
         for site, reason in attempt.excluded.items():
