@@ -27,7 +27,7 @@ class Party:
 
     member: steps.SiteMember
     vector: Vector
-    marks: Marks = field(default_factory=lambda: Marks(0, ()))
+    marks: Marks = field(default_factory=lambda: Marks(0, 0, ()))
     state: SiteSession | None = None
 
     def begin(self, offer: bytes, model: bytes = MODEL) -> bytes:

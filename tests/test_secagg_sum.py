@@ -46,8 +46,9 @@ def test_drop_outs_at_random_steps_leave_the_sum_of_the_others_or_nothing(data: 
     remaining = num_sites - len(gone)
     try:
         outcome = run(consort, attempt, lie)
-    except AttemptError:
-        assert remaining < threshold_for(num_sites)
+    except AttemptError as error:
+        late = level == "sum" and len(set(gone.values())) > 1  # one is left out, another one vanishes
+        assert remaining < threshold_for(num_sites) or (late and error.absent <= set(gone))
         return
     assert set(attempt.inside) >= set(sites) - set(gone)
     assert np.array_equal(outcome.total, true_sum(consort, attempt.inside))

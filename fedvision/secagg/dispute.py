@@ -12,6 +12,10 @@ honest sites report the same for their pair. So somebody lied, and:
   it anyway; and an honest site can always show that it told the truth.
 
 The round is thrown away: its shares left once and no site unmasks a round twice.
+
+At level ``gram`` a report opens the sketch, which was only shared before. The server cannot prove to a site
+that there is something to dispute, so a site does this m times a job and no more (rule ``openings``): an
+honest server needs it once for each liar.
 """
 
 from collections.abc import Iterable, Mapping
@@ -77,7 +81,10 @@ def report(
     message = Report(
         state.tau, state.beta, own, tuple(PairSketch(i, found[i]) for i in peers), state.deal_seed
     )
-    marks = marks.stepped()
+    if level == "gram":
+        marks = marks.opening(max(1, member.consortium.charter.max_colluding))
+    else:
+        marks = marks.stepped()
     return marks, replace(state, step=marks.step, phase="reported"), encode(member.sign(message))
 
 

@@ -165,9 +165,12 @@ class Encoding:
         Args:
             total: Shape (length,), the sum modulo 2**32.
 
+        Guarantee: the mean update has an L2 norm of at most ``clip_norm``, as every mean of compliant updates
+        has; a longer one, which only a lie about a weight can make, is scaled down.
+
         Raises:
-            MessageError: The weights add up to 0 or to more than the sites can have, or a metric lies
-                outside of its range: not a sum of compliant vectors.
+            MessageError: The weights add up to 0 or to more than the sites can have: not a sum of
+                compliant vectors.
         """
         if total.shape != (self.length,) or total.dtype != np.uint32:
             raise MessageError(f"a sum must be uint32 of shape ({self.length},)")
@@ -181,12 +184,15 @@ class Encoding:
         slack = self.num_sites + noise
         largest = total_weight * self.scale / _TAIL_PART
         tail = values[self.size : -1].astype(np.float64)
-        if ((tail < -slack) | (tail > largest + slack)).any():
-            raise MessageError("a metric of a sum lies outside of its range")
-        shares = np.clip(tail / largest, 0.0, 1.0)
+        outside = (tail < -slack) | (tail > largest + slack)
+        shares = np.where(outside, np.nan, np.clip(tail / largest, 0.0, 1.0))
+        mean = values[: self.size].astype(np.float64)
+        mean *= self.clip_norm / (self.scale * total_weight)
+        norm = float(np.linalg.norm(mean))
+        if norm > self.clip_norm:
+            mean *= self.clip_norm / norm
         return DecodedSum(
-            mean_update=values[: self.size].astype(np.float64)
-            * (self.clip_norm / (self.scale * total_weight)),
+            mean_update=mean,
             metrics=tuple(float(s) * cap for s, cap in zip(shares, self.metric_caps, strict=True)),
             total_weight=total_weight,
         )

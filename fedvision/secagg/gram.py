@@ -56,7 +56,6 @@ UNITS = 1 << 12
 
 _BITS = 21
 _MODULUS = math.prod(PRIMES)
-_LARGEST_DIAGONAL = TABLES * NORM_SLACK * UNITS**2
 
 
 def round_sketch(values: MaskVector, norm_bound: float) -> IntegerVector:
@@ -281,13 +280,14 @@ def gram_matrix(values: IntegerVector, num_sites: int) -> NDArray[np.int64]:
     return gram
 
 
-def over_bound(gram: NDArray[np.int64]) -> tuple[int, ...]:
-    """Return the rows whose squared norm no compliant sketch has: above 4 * 1.16 * 2**24, or negative.
+def over_bound(gram: NDArray[np.int64], slack: float = NORM_SLACK) -> tuple[int, ...]:
+    """Return the rows whose squared norm no compliant sketch has: above 4 * slack * 2**24, or negative.
 
     The diagonal adds up four tables, each with the squared norm in units of ``(norm_bound / 4096)**2``.
     """
+    largest = TABLES * slack * UNITS**2
     diagonal = np.diagonal(gram)
-    return tuple(np.flatnonzero((diagonal < 0) | (diagonal > _LARGEST_DIAGONAL)).tolist())
+    return tuple(np.flatnonzero((diagonal < 0) | (diagonal > largest)).tolist())
 
 
 def is_consistent(gram: NDArray[np.int64]) -> bool:

@@ -60,7 +60,7 @@ from fedvision.secagg.messages import (
 )
 from fedvision.secagg.schedule import Consortium, read_signed, sign
 from fedvision.secagg.site import box_leaf, open_box, seed_hash, vector_digest
-from fedvision.secagg.sketch import is_within
+from fedvision.secagg.sketch import PROOF_SLACK, is_within
 from fedvision.secagg.sketch import sketch as sketch_of
 
 
@@ -436,6 +436,7 @@ class SumRound:
         proof = tuple(self.views.products[site] for site in sorted(self.views.products))
         for index in over_bound(self.gram):
             self.excluded[dealers[index]] = "norm above the bound"
+        for index in over_bound(self.gram, PROOF_SLACK):
             self.evidence.append(Evidence(dealers[index], "norm", proof))
         for site in set(dealers) - set(self.views.products):
             self.excluded.setdefault(site, "no shares")
@@ -458,6 +459,7 @@ class SumRound:
             for site, values in self.views.values.items():
                 if not is_within(values, self.norm_bound):
                     self.excluded[site] = "norm above the bound"
+                if not is_within(values, self.norm_bound, PROOF_SLACK):
                     proof = (self.views.masked[site], self.views.sketches[site])
                     self.evidence.append(Evidence(site, "norm", proof))
         return self._announce(candidates - set(self.excluded))
@@ -466,8 +468,12 @@ class SumRound:
         """Return an ``Accepted`` message for the sites that acknowledged, when others have vanished.
 
         Raises:
-            AttemptError: Too few are left.
+            AttemptError: Too few are left; or, at level ``sum``, the inputs of those that vanished are in the
+                sum already, so another attempt is needed.
         """
+        if self.level == "sum":
+            gone = set(self.inside) - set(self.views.acks)
+            raise AttemptError(f"{self.session}: {len(gone)} sites vanished", self.evidence, gone)
         for entry in self.accepted:
             if entry.site not in self.views.acks:
                 self.excluded[entry.site] = "no masked input"
@@ -579,7 +585,7 @@ class SumRound:
             for peer, key in self.views.keys.get(site, {}).items():
                 keys.append(key)
                 signs.append(-schedule.pair_sign(site, peer))
-        add_masks(total, keys, signs, self._threads)
+        remove_masks(total, keys, signs, self._threads)
         fits = True
         if self.level == "sketch":
             claimed = np.zeros(2048, np.uint32)
@@ -604,6 +610,16 @@ class SumRound:
         if any(item.rule == "seed" for item in self.evidence):
             raise AttemptError(f"{self.session}: a site dealt shares that do not fit its seed", self.evidence)
         return seeds
+
+
+def remove_masks(total: MaskVector, keys: Sequence[bytes], signs: Sequence[int], threads: int) -> None:
+    """Add signed masks in place; keys that liars made equal are taken one after the other."""
+    left = list(zip(keys, signs, strict=True))
+    while left:
+        batch = dict(reversed(left))  # the first of each key
+        add_masks(total, list(batch), list(batch.values()), threads)
+        seen: set[bytes] = set()
+        left = [item for item in left if item[0] in seen or seen.add(item[0])]  # type: ignore[func-returns-value]
 
 
 def _by_site(messages: Mapping[int, Signed]) -> tuple[Signed, ...]:

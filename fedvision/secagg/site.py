@@ -1,7 +1,8 @@
 """A site's side of a masked sum, as pure functions: state and message in, new state and answer out.
 
 What a site refuses, each with the name of its rule:
-- ``high-water``: a session that is not later than every one before; ``answered``: a round that was unmasked.
+- ``high-water``: a session that is not later than every one before; ``answered``: a round that was unmasked;
+  ``sketched``: one whose input was sketched, because each sketch says something else about it.
 - ``phase``: any message out of order, so also a second masked input, ack or unmasking.
 - ``model``: another model than the one it trained on. ``session``: a message of another session.
 - ``roster``, ``sender``, ``signature``: a key or message that the roster does not bear out.
@@ -363,7 +364,10 @@ def send_sketch(
         shares = tuple(_seal_share(member, state, receiver, text) for receiver, text in dealt.items())
     clear = b"" if shares else input_bytes(values)
     message = Sketch(state.tau, beta, clear, holding.commitment(seed), holding.shares_root(shares))
-    marks, state = _move(marks, state, "sketched", beta=beta, masked=pairs(members), deal_seed=seed)
+    marks = marks.sketching(state.session)
+    state = replace(
+        state, step=marks.step, phase="sketched", beta=beta, masked=pairs(members), deal_seed=seed
+    )
     return marks, state, encode(SketchUpload(member.sign(message), shares))
 
 

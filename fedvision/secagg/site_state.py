@@ -82,42 +82,76 @@ def mapping(items: tuple[PairPublic, ...]) -> dict[int, bytes]:
 
 @dataclass(frozen=True)
 class Mark:
-    """How far a site went for one purpose: the last session it began, the last round it unmasked."""
+    """How far a site went for one purpose: the last session it began, the last rounds it sketched and
+    unmasked."""
 
     purpose: Purpose
     round: U32
     attempt: U16
+    sketched: U32
     unmasked: U32
 
 
 @message(201)
 @dataclass(frozen=True)
 class Marks:
-    """The high-water marks of a job at a site. ``step`` counts every answer."""
+    """The high-water marks of a job at a site.
+
+    Attributes:
+        step: Counts every answer.
+        openings: Counts the disputes in which the site opened a sketch that was shared only.
+        marks: How far it went.
+    """
 
     step: U32
+    openings: U16
     marks: Annotated[tuple[Mark, ...], AtMost(3)]
 
     def of(self, purpose: Purpose) -> Mark:
         """Return the mark of a purpose."""
-        return next((m for m in self.marks if m.purpose == purpose), Mark(purpose, 0, 0, 0))
+        return next((m for m in self.marks if m.purpose == purpose), Mark(purpose, 0, 0, 0, 0))
 
     def _with(self, mark: Mark) -> "Marks":
         others = tuple(m for m in self.marks if m.purpose != mark.purpose)
-        return Marks(self.step + 1, (*others, mark))
+        return replace(self, step=self.step + 1, marks=(*others, mark))
 
     def begun(self, session: Session) -> "Marks":
         """Return the marks after a session began.
 
         Raises:
-            ProtocolError: This session, a later one, or the unmasking of its round came before.
+            ProtocolError: This session, a later one, or the sketch or unmasking of its round came before.
         """
         mark = self.of(session.purpose)
+        if session.round <= mark.sketched:
+            raise ProtocolError("sketched", f"{session}: the input of this round was sketched before")
         if session.round <= mark.unmasked:
             raise ProtocolError("answered", f"{session}: this round was unmasked before")
         if (session.round, session.attempt) <= (mark.round, mark.attempt):
             raise ProtocolError("high-water", f"{session}: this session or a later one began before")
         return self._with(replace(mark, round=session.round, attempt=session.attempt))
+
+    def sketching(self, session: Session) -> "Marks":
+        """Return the marks after the sketch of a session left.
+
+        Raises:
+            ProtocolError: An input of the round was sketched before.
+        """
+        mark = self.of(session.purpose)
+        if session.round <= mark.sketched:
+            raise ProtocolError("sketched", f"{session}: the input of this round was sketched before")
+        return self._with(replace(mark, sketched=session.round))
+
+    def opening(self, limit: int) -> "Marks":
+        """Return the marks after one more sketch was opened.
+
+        Raises:
+            ProtocolError: ``limit`` of them were opened before.
+        """
+        if self.openings >= limit:
+            raise ProtocolError(
+                "openings", f"this site opened {limit} sketches in this job, and opens no more"
+            )
+        return replace(self, step=self.step + 1, openings=self.openings + 1)
 
     def unmasking(self, session: Session) -> "Marks":
         """Return the marks after the shares of a session left.

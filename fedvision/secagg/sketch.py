@@ -37,6 +37,9 @@ TABLES = 4
 BUCKETS = 512
 ROWS = TABLES * BUCKETS
 NORM_SLACK = 1.16
+PROOF_SLACK = 2.25
+"""A squared norm above this many squared bounds is a lie; below, an honest vector with nearly all of its norm
+in two coordinates may have met with a collision (2**-8 at ``NORM_SLACK``, 2**-25 here)."""
 """Largest accepted squared norm, in squared norm bounds."""
 
 _SLICE = 1 << 16
@@ -139,9 +142,9 @@ def squared_norm(values: MaskVector) -> float:
     return float(lifted @ lifted) / TABLES
 
 
-def is_within(values: MaskVector, norm_bound: float) -> bool:
+def is_within(values: MaskVector, norm_bound: float, slack: float = NORM_SLACK) -> bool:
     """Say whether a sketch is that of a vector of norm ``norm_bound`` or less, up to the slack.
 
     Guarantee: see the module's docstring for the probabilities of both errors.
     """
-    return squared_norm(values) <= NORM_SLACK * norm_bound**2
+    return squared_norm(values) <= slack * norm_bound**2

@@ -28,6 +28,7 @@ from fedvision.wire.messages import (
 from fedvision_server.aggregate import Metrics, intervals, mean_site, summarise
 from fedvision_server.federation import Federation
 from fedvision_server.jobs import RunState
+from fedvision_server.secure import ThrownAway
 
 
 def ask_statistics(
@@ -85,7 +86,12 @@ def validate(federation: Federation, number: int, weights: FloatVector) -> dict[
     if federation.secure:
         if not any(federation.sizes[site].num_val for site in federation.cohort.validate):
             return None
-        judged = secure_judgement(federation, "validate", number, weights)
+        try:
+            judged = secure_judgement(federation, "validate", number, weights)
+        except (ThrownAway, MessageError) as error:
+            event = {"event": "evaluate failed", "round": number, "split": "val", "reason": str(error)}
+            federation.tell(event)
+            return None
         return {**judged.summary(federation, 0), "pooled": judged.pooled(federation, 0)}
     sites = [site for site in federation.cohort.validate if federation.sizes[site].num_val > 0]
     replies = ask_statistics(federation, number, weights, "val", sites, is_final=False)
@@ -149,10 +155,11 @@ def secure_judgement(
     def on_ready(site: str) -> None:
         federation.observe({"event": "judged", "round": number, "site": site, "split": split})
 
+    session_number = secure.next_number("test") if is_final else number
     size = judgement_size(num_rows, job, is_final)
     found = secure.add_up(
         purpose,
-        number,
+        session_number,
         model_digest(weights),
         federation.cohort.validate,
         encode_statistics(np.zeros(size)).size,

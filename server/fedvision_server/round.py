@@ -106,6 +106,9 @@ def one_round(federation: Federation, state: RunState) -> RunState:
     }
     federation.folder.record(event)
     federation.folder.save(following)
+    if federation.secure:
+        federation.secure.forget_sum("train", number)
+        federation.secure.forget_sum("validate", number)
     federation.observe(event)
     logger.info("round %s: %s sites, update norm %.4g", number, gathered.num_sites, event["update_norm"])
     return following
@@ -134,7 +137,7 @@ def secure_update(federation: Federation, state: RunState) -> Gathered:
     """Have the cohort train and return the mean of the accepted updates, of which no single one is known.
 
     Raises:
-        RoundError: No sum could be made; ``ThrownAway`` if it was made and is wrong.
+        RoundError: No sum could be made; ``ThrownAway`` if it was made and is of no use.
     """
     job, number, secure = federation.job, state.round + 1, federation.secure
     assert secure is not None
@@ -156,7 +159,10 @@ def secure_update(federation: Federation, state: RunState) -> Gathered:
     encoding, model = secure.consortium.encoding, model_digest(state.weights)
     found = secure.add_up("train", number, model, federation.cohort.train, encoding.length, request, on_ready)
     require_sites(federation, number, len(found.sites))
-    decoded = encoding.decode(found.total)
+    try:
+        decoded = encoding.decode(found.total)
+    except MessageError as error:
+        raise ThrownAway(f"round {number}: a site lied about its weight: {error}") from None
     return Gathered(decoded.mean_update, len(found.sites), found.level, decoded.metrics[0], found.seconds)
 
 

@@ -9,8 +9,10 @@
 
 Rules:
 - An attempt is on disk before its offer leaves; a server that was killed begins another, with fresh masks.
-- A site whose lie is proven is out for the rest of the job, and the attempt is done again without it; where
-  the shares had left already, the whole round is thrown away.
+- A site whose lie is proven is out for the rest of the job, and the attempt is done again without it. Where
+  the inputs were sketched or unmasked already, they are spent, and the whole round is thrown away.
+- A sum that was finished is not asked for again; one that was not, when the server was killed, is lost if
+  its inputs were spent.
 """
 
 import logging
@@ -19,20 +21,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from fedvision.errors import MessageError, ProtocolError, RoundError
+from fedvision.errors import MessageError, ProtocolError, RoundError, StorageError
 from fedvision.secagg import schedule
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.dispute import Trial
 from fedvision.secagg.identity import Identity
 from fedvision.secagg.masking import MaskVector
-from fedvision.secagg.messages import Documents, EnrolmentRoll, Evidence, Purpose, Session, Signed
+from fedvision.secagg.messages import Documents, EnrolmentRoll, Evidence, Purpose, Session, Signed, Transcript
 from fedvision.secagg.schedule import Consortium
 from fedvision.secagg.server import AttemptError, Disputed, MaskedSum, SumRound
-from fedvision.secagg.transcript import make_transcript
+from fedvision.secagg.transcript import check_transcript, make_transcript
 from fedvision.storage import read_json, write_atomic, write_json
 from fedvision.wire.messages import HelloReply, Refusal, Request, SecureReply, SecureRequest, Step, as_vector
 
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 Offered = Callable[[str, bytes], Request]
 MAX_UNEXPLAINED = 3
-"""Attempts of a round that may fail for want of sites, with no lie proven, before the run stops."""
+"""Attempts of a round that may fail, and rounds in a row that may be lost, with no lie proven."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class ServerKeys:
 
 
 class ThrownAway(RoundError):
-    """A round was unmasked, but its sum is not what the sites had sketched: it cannot be used or redone."""
+    """The inputs of a round are spent, but there is no sum that can be used: it cannot be redone."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class SecureServer:
         self.numbers = {name: number for number, name in self.names.items()}
         expelled = self._folder / "expelled.json"
         self.expelled: dict[str, str] = read_json(expelled) if expelled.exists() else {}
+        self._lost_rounds = 0
         self._publics = self._enrol(federation.sizes)
 
     def _enrol(self, replies: Mapping[str, HelloReply]) -> dict[tuple[int, int], bytes]:
@@ -204,19 +207,23 @@ class SecureServer:
             on_ready: Is told each site that has its input.
 
         Raises:
-            ThrownAway: The sum is wrong and its shares have left; the liars are out.
+            ThrownAway: The inputs were sketched or unmasked, but there is no sum: another round is needed.
             RoundError: Too few sites, attempt after attempt.
         """
+        kept = self._kept(purpose, number, length)
+        if kept is not None:
+            return kept
         last, unexplained, absent = "", 0, set[str]()
         for session in self._attempts(purpose, number):
             left = [site for site in sites if site not in self.expelled]
             present = [site for site in left if site not in absent]
             left = present if len(present) >= self.consortium.quorum else left
             try:
-                return self._attempt(session, model, left, length, request, on_ready)
+                found = self._attempt(session, model, left, length, request, on_ready)
+                self._lost_rounds = 0
+                return found
             except AttemptError as error:
                 last = str(error)
-                self._expel(session, error.evidence)
                 absent |= {self.names[site] for site in error.absent}
                 event = {"event": "attempt", "round": number, "purpose": purpose, "attempt": session.attempt}
                 self._federation.tell({**event, "status": "failed", "reason": last})
@@ -231,15 +238,45 @@ class SecureServer:
             "rounds.jsonl says which site failed at which step, and each site's log.jsonl why",
         )
 
-    def _attempts(self, purpose: Purpose, number: int) -> Iterator[Session]:
+    def _begun(self) -> dict[str, list[int]]:
+        """Return round and attempt begun last for each purpose, and whether its inputs were spent."""
         path = self._folder / "attempts.json"
-        begun: dict[str, list[int]] = read_json(path) if path.exists() else {}
-        before, attempt = begun.get(purpose, [0, 0])
+        return read_json(path) if path.exists() else {}
+
+    def _note(self, session: Session, is_spent: bool) -> None:
+        noted = [session.round, session.attempt, int(is_spent)]
+        write_json(self._folder / "attempts.json", {**self._begun(), session.purpose: noted})
+
+    def next_number(self, purpose: Purpose) -> int:
+        """Return the number for a sum that has no round: the last one's, or one more if that is lost."""
+        number, _, is_spent = self._begun().get(purpose, [1, 0, 0])
+        is_kept = (self._folder / "transcripts" / f"{purpose}-{number:04d}").exists()
+        return number + 1 if is_spent and not is_kept else number
+
+    def _attempts(self, purpose: Purpose, number: int) -> Iterator[Session]:
+        before, attempt, is_spent = self._begun().get(purpose, [0, 0, 0])
+        if before == number and is_spent:
+            self._lose(f"{purpose} round {number}: the server was stopped while it made the sum", False)
         attempt = attempt if before == number else 0
         while attempt < self.consortium.charter.max_attempts:
             attempt += 1
-            write_json(path, {**begun, purpose: [number, attempt]})
-            yield Session(purpose, number, attempt)
+            session = Session(purpose, number, attempt)
+            self._note(session, is_spent=False)
+            yield session
+
+    def _lose(self, text: str, is_explained: bool) -> NoReturn:
+        """Give up a round whose inputs are spent.
+
+        Raises:
+            ThrownAway: See above. RoundError: It happened again and again, with no lie proven.
+        """
+        self._lost_rounds = 0 if is_explained else self._lost_rounds + 1
+        if self._lost_rounds == MAX_UNEXPLAINED:
+            raise RoundError(
+                f"{text}; this is the {MAX_UNEXPLAINED}rd round in a row that is lost",
+                "rounds.jsonl says which site failed at which step, and each site's log.jsonl why",
+            )
+        raise ThrownAway(text)
 
     def _attempt(
         self,
@@ -250,8 +287,11 @@ class SecureServer:
         request: Offered,
         on_ready: Callable[[str], None],
     ) -> SecureSum:
-        """Do all steps of one attempt, in the order of ``secagg.messages``."""
-        bound = self.consortium.encoding.norm_bound
+        """Do one attempt and act on its evidence.
+
+        Raises:
+            AttemptError: It failed before the inputs were spent. ThrownAway: After that.
+        """
         attempt = SumRound(
             self.consortium,
             self._publics,
@@ -259,11 +299,27 @@ class SecureServer:
             session,
             model,
             length,
-            bound,
+            self.consortium.encoding.norm_bound,
             self._store,
             len(os.sched_getaffinity(0)),
         )
-        number = session.round
+        try:
+            return self._steps(attempt, sites, request, on_ready)
+        except AttemptError as error:
+            self._expel(session, error.evidence)
+            if self._begun()[session.purpose][2]:
+                self._lose(str(error), bool(error.evidence))
+            raise
+
+    def _steps(
+        self,
+        attempt: SumRound,
+        sites: Sequence[str],
+        request: Offered,
+        on_ready: Callable[[str], None],
+    ) -> SecureSum:
+        """Do all steps of one attempt, in the order of ``secagg.messages``."""
+        session, number = attempt.session, attempt.session.round
         offered = request(self.consortium.digest.hex(), attempt.offer())
 
         def each(step: Step, bodies: Mapping[int, bytes], take: Callable[[int, bytes], None]) -> None:
@@ -283,7 +339,9 @@ class SecureServer:
         list(self._gather("mask", number, bodies, take_masked))
         if attempt.level != "sum":
             each("beacon", dict.fromkeys(attempt.views.masked, attempt.masked_roll()), attempt.add_beacon)
-            each("sketch", dict.fromkeys(attempt.views.beacons, attempt.beacon_roll()), attempt.add_sketch)
+            roll = attempt.beacon_roll()
+            self._note(session, is_spent=True)
+            each("sketch", dict.fromkeys(attempt.views.beacons, roll), attempt.add_sketch)
         if attempt.level == "gram":
             each("hold", attempt.hold(), attempt.add_products)
         try:
@@ -294,12 +352,15 @@ class SecureServer:
         while attempt.needs_shrinking:
             accepted = attempt.shrink()
             each("accept", dict.fromkeys(attempt.inside, accepted), attempt.add_ack)
-        each("unmask", dict.fromkeys(attempt.views.acks, attempt.ack_roll()), attempt.add_unmask)
+        roll = attempt.ack_roll()
+        self._note(session, is_spent=True)
+        each("unmask", dict.fromkeys(attempt.views.acks, roll), attempt.add_unmask)
         outcome = attempt.finish()
+        if not outcome.fits:
+            text = f"{session}: the sum is not the sum of the sketches"
+            raise AttemptError(text, [*attempt.evidence, *self._verdict(attempt, outcome)])
         self._tell_excluded(attempt)
         self._expel(session, attempt.evidence)
-        if not outcome.fits:
-            self._try(attempt, outcome)
         self._keep(attempt, outcome)
         sites = tuple(self.names[site] for site in attempt.inside)
         return SecureSum(outcome.total, sites, attempt.level, time.perf_counter() - started)
@@ -308,20 +369,6 @@ class SecureServer:
         for site, reason in attempt.excluded.items():
             event = {"event": attempt.session.purpose, "round": attempt.session.round}
             self._federation.tell({**event, "site": self.names[site], "status": "refused", "reason": reason})
-
-    def _try(self, attempt: SumRound, outcome: MaskedSum) -> None:
-        """Find out who lied and throw the round away.
-
-        Raises:
-            ThrownAway: Always.
-        """
-        found = self._verdict(attempt, outcome)
-        self._expel(attempt.session, found)
-        names = ", ".join(self.names[item.site] for item in found) or "nobody"
-        raise ThrownAway(
-            f"round {attempt.session.round}: the sum is not the sum of the sketches; "
-            f"it is thrown away, and {names} is out"
-        )
 
     def _verdict(self, attempt: SumRound, outcome: MaskedSum | None) -> list[Evidence]:
         """Hold a dispute and return what it proves."""
@@ -361,8 +408,33 @@ class SecureServer:
             )
 
     def _keep(self, attempt: SumRound, outcome: MaskedSum) -> None:
+        """Put a finished sum and its transcript on disk; with the transcript it is finished."""
         name = f"{attempt.session.purpose}-{attempt.session.round:04d}"
-        if self._federation.job.secure_aggregation.keep_sums:
-            little = np.ascontiguousarray(outcome.total, "<u4")
-            write_atomic(self._folder / "sums" / name, little.data.cast("B"))
+        little = np.ascontiguousarray(outcome.total, "<u4")
+        write_atomic(self._folder / "sums" / name, little.data.cast("B"))
         write_atomic(self._folder / "transcripts" / name, encode(make_transcript(attempt, outcome)))
+
+    def _kept(self, purpose: Purpose, number: int, length: int) -> SecureSum | None:
+        """Return a sum that was finished before the server was stopped, None where there is none.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        name = f"{purpose}-{number:04d}"
+        path, sum_path = self._folder / "transcripts" / name, self._folder / "sums" / name
+        if not (path.exists() and sum_path.exists()):
+            return None
+        total = np.fromfile(sum_path, "<u4").astype(np.uint32, copy=False)
+        try:
+            checked = check_transcript(self.consortium, decode(path.read_bytes(), Transcript), total)
+        except (ProtocolError, MessageError) as error:
+            raise StorageError(f"{path} is damaged: {error}") from None
+        if total.shape != (length,):
+            raise StorageError(f"{sum_path} is damaged: {total.size} numbers, expected {length}")
+        sites = tuple(self.names[site] for site in checked.accepted)
+        return SecureSum(total, sites, checked.level, 0.0)
+
+    def forget_sum(self, purpose: Purpose, number: int) -> None:
+        """Remove the sum of a round that is on disk in full, unless sums are to be kept."""
+        if not self._federation.job.secure_aggregation.keep_sums:
+            (self._folder / "sums" / f"{purpose}-{number:04d}").unlink(missing_ok=True)

@@ -7,6 +7,7 @@ The steps themselves are ``fedvision.secagg.site``. Rules:
 """
 
 import functools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from fedvision.secagg.schedule import Consortium, read_server
 from fedvision.secagg.site import SiteMember
 from fedvision.updates.layout import Layout
 from fedvision.wire.messages import SecureReply, SecureRequest, as_vector
-from fedvision_sites.vault import EnrolmentFile, Vault
+from fedvision_sites.vault import EnrolmentFile, Vault, pin_job
 
 NOTHING = np.zeros(0, np.uint32)
 
@@ -74,6 +75,7 @@ def enrol(
     if bytes.fromhex(consortium.roster.member(number).key) != own.public:
         raise ProtocolError("roster", "the roster has another key for this site")
     check_charter(consortium, job, layout)
+    pin_job(config.guard, job.digest(), consortium.digest)
     if number not in consortium.charter.sites:
         return b""
     vault = Vault(state, config.guard, consortium.digest)
@@ -142,7 +144,9 @@ class SecureSite:
     """
 
     def __init__(self, config: SecureConfig, name: str, state: Path, charter: str, threads: int) -> None:
-        digest = bytes.fromhex(charter) if len(charter) == 64 else b""
+        if not re.fullmatch("[0-9a-f]{64}", charter):
+            raise ProtocolError("charter", "a charter is named by 64 hexadecimal digits")
+        digest = bytes.fromhex(charter)
         self._config = config
         self._name = name
         self._threads = threads

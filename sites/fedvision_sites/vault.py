@@ -4,6 +4,7 @@
     STATE/secagg/CHARTER/session     secrets and progress of the session under way
     STATE/secagg/CHARTER/input-*     its encoded input, so that another attempt needs no new training
     GUARD/CHARTER                    the high-water marks
+    GUARD/job-JOB                    the charter that was checked for the job
     GUARD/released-JOB               the model whose test results the site released on its own
 
 Rules:
@@ -42,6 +43,40 @@ class EnrolmentFile:
     secrets: Annotated[tuple[PairPublic, ...], AtMost(255)] = field(repr=False)
     own: Signed
     roll: EnrolmentRoll
+
+
+def pin_job(guard: Path, job_digest: str, charter: bytes) -> None:
+    """Note which charter a job has; a job has one.
+
+    Args:
+        guard: The folder of the marks.
+        job_digest: Of the job, hexadecimal.
+        charter: H(charter).
+
+    Raises:
+        ProtocolError: It had another one before.
+    """
+    path = guard / f"job-{job_digest[:16]}"
+    if not path.exists():
+        write_atomic(path, charter, PRIVATE)
+    elif path.read_bytes() != charter:
+        raise ProtocolError("charter", "this site knows the job under another charter")
+
+
+def check_job(guard: Path, job_digest: str, charter: str) -> None:
+    """Check that a job is the one that its charter was checked against.
+
+    Args:
+        guard: The folder of the marks.
+        job_digest: Of the job, hexadecimal.
+        charter: H(charter) in hexadecimal; "" for any.
+
+    Raises:
+        ProtocolError: No charter of this job, or another one.
+    """
+    path = guard / f"job-{job_digest[:16]}"
+    if not path.exists() or (charter and path.read_bytes().hex() != charter):
+        raise ProtocolError("charter-job", "that charter was not checked for this job")
 
 
 def pin_release(guard: Path, job_digest: str, model: bytes) -> None:
@@ -96,7 +131,7 @@ class Vault:
                     "this site took part in the job before, but its state folder is empty",
                     "leave this job; a new one has a new charter",
                 )
-            write_atomic(self._guard, encode(Marks(0, ())), PRIVATE)
+            write_atomic(self._guard, encode(Marks(0, 0, ())), PRIVATE)
         write_atomic(self._folder / "enrolment", encode(enrolment), PRIVATE)
 
     def marks(self) -> Marks:

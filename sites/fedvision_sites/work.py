@@ -59,7 +59,7 @@ from fedvision_sites.release import (
 )
 from fedvision_sites.secure import NOTHING, SecureConfig, SecureSite, enrol
 from fedvision_sites.state import load_local, save_local
-from fedvision_sites.vault import pin_release
+from fedvision_sites.vault import check_job, pin_release
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +157,8 @@ class Site:
                 request.job_digest,
                 Prepared(job, network.to(device), layout, local, kept, device),
             )
+        if self.config.secure is not None and not isinstance(request, HelloRequest):
+            check_job(self.config.secure.guard, request.job_digest, request.charter)
         prepared = self._prepared[1]
         if prepared.layout.digest != request.layout_digest:
             raise MessageError("the server's weights have another layout than this site's network")
@@ -283,7 +285,8 @@ class Site:
         site, offer = self._secure_site(request.charter), request.offer.tobytes()
         session, model = site.open_session(offer), model_digest(request.weights)
         purpose = {"val": "validate", "test": "test"}[request.split]
-        if session.purpose != purpose or session.round != request.round:
+        is_numbered = session.round == request.round or purpose == "test"
+        if session.purpose != purpose or not is_numbered:
             raise ProtocolError("session", f"{session}: the offer is not for this split and round")
         vector = site.pending(session, model)
         if vector is None:
