@@ -69,7 +69,7 @@ def report(
         ProtocolError: There is no sum to dispute, or it is of another session.
     """
     level = member.consortium.level(state.session.purpose)
-    allowed = {"sum": (), "sketch": ("unmasked",), "gram": ("held", "unmasked")}[level]
+    allowed = {"sum": (), "sketch": ("unmasked",), "gram": ("sketched", "held", "acked", "unmasked")}[level]
     if state.phase not in allowed:
         raise ProtocolError("phase", f"{state.session}: there is nothing to dispute after {state.phase}")
     dispute = read_server(member.consortium, dispute_bytes, Dispute)
@@ -128,11 +128,18 @@ class Trial:
         self._signed: dict[int, Signed] = {}
         self._reports: dict[int, Report] = {}
         self._openings: dict[tuple[int, int], tuple[Signed, bytes]] = {}
+        self._excused: set[int] = set()
+
+    def excuse(self, site: int) -> None:
+        """Note that a site may keep silent: it has opened as many sketches as a site opens in a job."""
+        self._excused.add(site)
 
     @property
     def sites(self) -> tuple[int, ...]:
-        """Whom to ask for a report: the accepted sites, before that all who multiplied shares."""
-        return self._attempt.inside if self._outcome else tuple(sorted(self._attempt.views.products))
+        """Whom to ask for a report: all whose sketch counts."""
+        if self._attempt.level == "gram":
+            return tuple(sorted(self._attempt.views.sketches))
+        return self._attempt.inside
 
     def request(self) -> bytes:
         """Return the ``Dispute`` message for ``sites``."""
@@ -188,7 +195,7 @@ class Trial:
         if self._outcome is not None:
             found += [*self._false_rows(self._outcome.seeds), *self._false_pairs()]
         if not found:
-            silent = [site for site in self.sites if site not in self._reports]
+            silent = [site for site in self.sites if site not in self._reports.keys() | self._excused]
             views = self._attempt.views
             found = [Evidence(i, "silent", (views.masked[i], views.sketches[i])) for i in silent]
         return list({item.site: item for item in found}.values())
@@ -207,6 +214,11 @@ class Trial:
                 yield Evidence(site, "deal", (views.sketches[site], self._signed[site]))
             else:
                 texts[site] = dealt
+        if set(attempt.inside) <= set(texts):
+            for holder, signed in views.unmasks.items():
+                parts = [HeldShare(d, texts[d][holder][:SHARE_BYTES]) for d in attempt.inside]
+                if holding.add_held(parts, attempt.inside) != views.sum_shares[holder]:
+                    yield Evidence(holder, "products", (signed,))
         if set(texts) != set(views.sketches):
             return
         for holder, signed in views.products.items():
@@ -214,14 +226,12 @@ class Trial:
             truth = holding.multiply(attempt.consortium, held, attempt.challenge)
             if truth != (views.product_shares[holder], views.zero_shares[holder]):
                 yield Evidence(holder, "products", (signed,))
-        for holder, signed in views.unmasks.items():
-            parts = [HeldShare(d, dealt[holder][:SHARE_BYTES]) for d, dealt in texts.items()]
-            if holding.add_held(parts, attempt.inside) != views.sum_shares[holder]:
-                yield Evidence(holder, "products", (signed,))
 
     def _false_rows(self, seeds: Mapping[int, bytes]) -> Iterable[Evidence]:
         attempt, views = self._attempt, self._attempt.views
         for site, found in self._reports.items():
+            if site not in seeds:  # left out, so not in the sum
+                continue
             proof = (views.masked[site], views.sketches[site], self._signed[site])
             sent = read_signed(attempt.consortium, views.sketches[site], Sketch, site)
             if attempt.level == "sketch" and found.own != sent.values:

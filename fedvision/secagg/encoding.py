@@ -27,6 +27,7 @@ LIMB_BITS = 20
 _FRACTION_BITS = 20
 _LIMITS = (255 * ((1 << LIMB_BITS) - 1), 255 << (38 + _FRACTION_BITS - 2 * LIMB_BITS))
 _TAIL_PART = 16
+_WEIGHT_PART = 2
 _SMALLEST_SCALE = 1 << 12
 _NORM_SLACK = 1e-6
 _SLICE = 1 << 15
@@ -94,20 +95,21 @@ class Encoding:
     def norm_bound(self) -> float:
         """Largest L2 norm of a compliant encoded vector, in units.
 
-        The update has S at most, each of the k coordinates of the tail S / 16, and rounding moves every
-        coordinate by less than 1.
+        The update has S at most, each metric S / 16, the weight S / 2, and rounding moves every coordinate by
+        less than 1. The weight has the larger part so that a liar within the bound can take away the weight
+        of three other sites at most, and not of many.
         """
-        tail = (len(self.metric_caps) + 1) / _TAIL_PART**2
+        tail = len(self.metric_caps) / _TAIL_PART**2 + 1 / _WEIGHT_PART**2
         return self.scale * math.sqrt(1 + tail) + math.sqrt(self.length)
 
     @property
     def _steps(self) -> int:
         """Steps of w from 0 to 1; a whole number of units each, so that the weights add up exactly."""
-        return min(self.weight_cap, self.scale // _TAIL_PART)
+        return min(self.weight_cap, self.scale // _WEIGHT_PART)
 
     @property
     def _step_units(self) -> int:
-        return self.scale // _TAIL_PART // self._steps
+        return self.scale // _WEIGHT_PART // self._steps
 
     def encode(
         self,
@@ -118,7 +120,7 @@ class Encoding:
     ) -> MaskVector:
         """Return ``[w * update, w * metrics, w]`` in units, with ``w = min(num_samples, cap) / cap``.
 
-        Where the cap is above S / 16, w is rounded to the nearest of S / 16 steps, the first at least.
+        Where the cap is above S / 2, w is rounded to the nearest of S / 2 steps, the first at least.
 
         Guarantee: every coordinate is at most S + 1 in absolute value, and its mean is the exact value or
         less, by at most 2**-16 units. For x = w * update * S / clip_norm in float64, |x| <= S * (1 + 2**-50)
@@ -130,7 +132,7 @@ class Encoding:
             update: Shape (size,), float32, L2 norm at most ``clip_norm`` (a millionth more is scaled down).
             num_samples: Number of samples behind the update, >= 1.
             metrics: One number for each cap; clipped to 0..cap.
-            rounding_key: 32 bytes, fresh and secret.
+            rounding_key: 32 bytes, drawn without regard to the update, one for each vector; no secret.
 
         Returns:
             Shape (length,), two's complement modulo 2**32.

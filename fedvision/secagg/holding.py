@@ -17,7 +17,7 @@ from fedvision.errors import MessageError
 from fedvision.secagg import gram, schedule
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.merkle import merkle_root
-from fedvision.secagg.messages import SHARE_BYTES, SealedShare
+from fedvision.secagg.messages import SHARE_BYTES, SealedShare, Signed
 from fedvision.secagg.schedule import Consortium
 from fedvision.secagg.site_state import HeldShare
 
@@ -156,6 +156,12 @@ def sum_fits(
     unit = consortium.encoding.norm_bound / gram.UNITS
     exact = gram.centred(sketch) / unit
     return bool(np.abs(exact - claimed).max() <= num_inside / 2 + 1e-6)
+
+
+def basis(challenge: bytes, sketches: Sequence[Signed]) -> bytes:
+    """Return the hash of what products are made from: the challenge and all dealers' sketch messages."""
+    leaves = [bytes([signed.sender]) + signed.body for signed in sketches]
+    return schedule.digest_of("holding", challenge, merkle_root(leaves))
 
 
 def fresh_challenge() -> bytes:

@@ -32,7 +32,7 @@ from fedvision.secagg.codec import U8, U16, U32, AtMost, Bytes32, Bytes64, messa
 MAX_SITES = 255
 SERVER = 0
 Purpose = Literal["train", "validate", "test"]
-Reason = Literal["no masked input", "no beacon", "no sketch", "norm above the bound", "no shares", "expelled"]
+Reason = Literal["no masked input", "no beacon", "no sketch", "norm above the bound", "no shares", "vanished"]
 SKETCH_BYTES = 2048 * 4
 SHARE_BYTES = 2048 * 8
 MAX_PAIRS = MAX_SITES * (MAX_SITES + 1) // 2
@@ -246,9 +246,10 @@ class Holding:
 @dataclass(frozen=True)
 class Products:
     """A holder's shares of the inner products of all pairs of ``dealers``, upper triangle by rows, and of
-    one drawn combination of each dealer's zeros."""
+    one drawn combination of each dealer's zeros. ``basis`` binds the dealings and the challenge."""
 
     tau: Bytes32
+    basis: Bytes32
     dealers: Annotated[bytes, Many]
     values: Annotated[bytes, AtMost(MAX_PAIRS * 8)] = field(repr=False)
     zeros: Annotated[bytes, AtMost(MAX_SITES * 8)] = field(repr=False)

@@ -31,6 +31,19 @@ from fedvision.secagg.merkle import merkle_root
 from fedvision.secagg.messages import SERVER, AcceptedEntry, Enrolment, Purpose, Session, Signed
 from fedvision.secagg.roster import Charter, Roster
 
+LOW_ORDER = frozenset(
+    bytes.fromhex(text)
+    for text in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+        "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
+"""The u-coordinates of points of low order on Curve25519 (RFC 7748, section 6.1), in all spellings."""
 PURPOSES = ("train", "validate", "test")
 T = TypeVar("T")
 
@@ -262,6 +275,8 @@ def read_enrolments(consortium: Consortium, entries: Sequence[Signed]) -> dict[t
         if [item.peer for item in enrolment.keys] != peers:
             raise ProtocolError("pair-key", f"site number {entry.sender} has not one key for each peer")
         for item in enrolment.keys:
+            if item.key[:31] + bytes([item.key[31] & 0x7F]) in LOW_ORDER:
+                raise ProtocolError("pair-key", f"site number {entry.sender} sent a key of low order")
             publics[entry.sender, item.peer] = item.key
     if len(set(publics.values())) != len(publics):
         raise ProtocolError("duplicate-key", "a pair key stands twice among the enrolments")

@@ -405,6 +405,9 @@ class SumRound:
         products = read_signed(self.consortium, signed, Products, site)
         self._of_session(products.tau)
         dealers = sorted(self.views.sketches)
+        sketches = [self.views.sketches[dealer] for dealer in dealers]
+        if products.basis != holding.basis(self.challenge, sketches):
+            raise ProtocolError("session", f"{self.session}: products of other dealings")
         if list(products.dealers) != dealers or len(products.zeros) != 8 * len(dealers):
             raise ProtocolError("roster", f"{self.session}: products of other dealers")
         if len(products.values) != 8 * (len(dealers) * (len(dealers) + 1) // 2):
@@ -436,7 +439,8 @@ class SumRound:
         proof = tuple(self.views.products[site] for site in sorted(self.views.products))
         for index in over_bound(self.gram):
             self.excluded[dealers[index]] = "norm above the bound"
-        for index in over_bound(self.gram, PROOF_SLACK):
+        is_proof = len(proof) > 3 * self.consortium.charter.max_colluding  # no m holders can lie unnoticed
+        for index in over_bound(self.gram, PROOF_SLACK) if is_proof else ():
             self.evidence.append(Evidence(dealers[index], "norm", proof))
         for site in set(dealers) - set(self.views.products):
             self.excluded.setdefault(site, "no shares")
@@ -468,15 +472,15 @@ class SumRound:
         """Return an ``Accepted`` message for the sites that acknowledged, when others have vanished.
 
         Raises:
-            AttemptError: Too few are left; or, at level ``sum``, the inputs of those that vanished are in the
-                sum already, so another attempt is needed.
+            AttemptError: Too few are left. Or, at level ``sum``, the inputs of those that vanished are in the
+                sum already; at level ``gram``, two sets would open the difference of two sums of sketches.
         """
-        if self.level == "sum":
+        if self.level != "sketch":
             gone = set(self.inside) - set(self.views.acks)
             raise AttemptError(f"{self.session}: {len(gone)} sites vanished", self.evidence, gone)
         for entry in self.accepted:
             if entry.site not in self.views.acks:
-                self.excluded[entry.site] = "no masked input"
+                self.excluded[entry.site] = "vanished"
         left = set(self.views.acks)
         self.views.acks.clear()
         return self._announce(left)

@@ -420,9 +420,10 @@ def hold(
             complaint = Complaint(state.session, dealer, member.secrets[dealer])
             return marks, state, encode(member.sign(complaint))
     products, zeros = holding.multiply(member.consortium, texts, message.challenge)
+    basis = holding.basis(message.challenge, [entry.sketch for entry in message.entries])
     held = tuple(HeldShare(dealer, texts[dealer][:SHARE_BYTES]) for dealer in dealers)
     marks, state = _move(marks, state, "held", held=held)
-    return marks, state, encode(member.sign(Products(state.tau, bytes(dealers), products, zeros)))
+    return marks, state, encode(member.sign(Products(state.tau, basis, bytes(dealers), products, zeros)))
 
 
 def acknowledge(
@@ -430,11 +431,13 @@ def acknowledge(
 ) -> tuple[Marks, SiteSession, bytes]:
     """Agree to an accepted set; reveal the mask keys towards the others of the cohort, and nothing else.
 
-    May be asked again for a strictly smaller set, when a site of the set has vanished.
+    At level ``sketch`` it may be asked again for a strictly smaller set, when a site of the set has vanished.
+    At level ``gram`` two sets would open the difference of two sums of sketches.
     """
     level = member.consortium.level(state.session.purpose)
     last: dict[str, Phase] = {"sum": "masked", "sketch": "sketched", "gram": "held"}
-    _expect(state, last[level], "acked")
+    again: tuple[Phase, ...] = ("acked",) if level == "sketch" else ()
+    _expect(state, last[level], *again)
     accepted = read_server(member.consortium, accepted_bytes, Accepted)
     _session(state, accepted.tau)
     cohort, known = set(mapping(state.cohort)), mapping(state.masked)

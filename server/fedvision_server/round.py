@@ -162,7 +162,8 @@ def secure_update(federation: Federation, state: RunState) -> Gathered:
     try:
         decoded = encoding.decode(found.total)
     except MessageError as error:
-        raise ThrownAway(f"round {number}: a site lied about its weight: {error}") from None
+        secure.lose(f"round {number}: a site lied about its weight: {error}", is_explained=False)
+    secure.count_as_done()
     return Gathered(decoded.mean_update, len(found.sites), found.level, decoded.metrics[0], found.seconds)
 
 

@@ -4,6 +4,7 @@
     secagg/attempts.json                               the last attempt begun, for each purpose
     secagg/transcripts/train-0003                      the signed record of a finished sum
     secagg/sums/train-0003                             the sum, little-endian uint32
+    secagg/disputes/0003                               that the sum of a round was disputed
     secagg/evidence/train-0003-1-site-4                a proven lie
     secagg/expelled.json                               sites that are out, and why
 
@@ -161,6 +162,7 @@ class SecureServer:
         bodies: Mapping[str, bytes],
         take: Callable[[int, SecureReply], None],
         requests: Mapping[str, Request] | None = None,
+        on_refusal: Callable[[int, str], None] = lambda site, code: None,
     ) -> Iterator[str]:
         """Ask sites for a step, hand each answer to ``take``, and yield the sites whose answer it took."""
         digest, charter = self._federation.job.digest(), self.consortium.digest.hex()
@@ -174,6 +176,7 @@ class SecureServer:
             event = {"event": "secure", "round": number, "step": step, "site": site}
             if not isinstance(reply, SecureReply) or reply.step != step:
                 reason = reply.code if isinstance(reply, Refusal) else "message"
+                on_refusal(self.numbers[site], reason)
                 self._federation.tell({**event, "status": "failed", "reason": reason})
                 continue
             try:
@@ -219,9 +222,7 @@ class SecureServer:
             present = [site for site in left if site not in absent]
             left = present if len(present) >= self.consortium.quorum else left
             try:
-                found = self._attempt(session, model, left, length, request, on_ready)
-                self._lost_rounds = 0
-                return found
+                return self._attempt(session, model, left, length, request, on_ready)
             except AttemptError as error:
                 last = str(error)
                 absent |= {self.names[site] for site in error.absent}
@@ -256,7 +257,7 @@ class SecureServer:
     def _attempts(self, purpose: Purpose, number: int) -> Iterator[Session]:
         before, attempt, is_spent = self._begun().get(purpose, [0, 0, 0])
         if before == number and is_spent:
-            self._lose(f"{purpose} round {number}: the server was stopped while it made the sum", False)
+            self.lose(f"{purpose} round {number}: the server was stopped while it made the sum", False)
         attempt = attempt if before == number else 0
         while attempt < self.consortium.charter.max_attempts:
             attempt += 1
@@ -264,7 +265,7 @@ class SecureServer:
             self._note(session, is_spent=False)
             yield session
 
-    def _lose(self, text: str, is_explained: bool) -> NoReturn:
+    def lose(self, text: str, is_explained: bool) -> NoReturn:
         """Give up a round whose inputs are spent.
 
         Raises:
@@ -308,7 +309,7 @@ class SecureServer:
         except AttemptError as error:
             self._expel(session, error.evidence)
             if self._begun()[session.purpose][2]:
-                self._lose(str(error), bool(error.evidence))
+                self.lose(str(error), bool(error.evidence))
             raise
 
     def _steps(
@@ -373,12 +374,19 @@ class SecureServer:
     def _verdict(self, attempt: SumRound, outcome: MaskedSum | None) -> list[Evidence]:
         """Hold a dispute and return what it proves."""
         trial, number = Trial(attempt, outcome), attempt.session.round
+        limit = max(1, self.consortium.charter.max_colluding)
+        held = len(list((self._folder / "disputes").glob("*")))
+        write_json(self._folder / "disputes" / f"{number:04d}", {"sites": trial.sites})
+
+        def take_report(site: int, reply: SecureReply) -> None:
+            trial.add_report(site, reply.body.tobytes())
+
+        def excuse(site: int, code: str) -> None:
+            if code == "protocol: openings" and held >= limit:
+                trial.excuse(site)
+
         bodies = {self.names[site]: trial.request() for site in trial.sites}
-        list(
-            self._gather(
-                "dispute", number, bodies, lambda i, reply: trial.add_report(i, reply.body.tobytes())
-            )
-        )
+        list(self._gather("dispute", number, bodies, take_report, on_refusal=excuse))
         for pair in trial.disputed_pairs():
             for site, peer in (pair, pair[::-1]):
 
@@ -433,6 +441,10 @@ class SecureServer:
             raise StorageError(f"{sum_path} is damaged: {total.size} numbers, expected {length}")
         sites = tuple(self.names[site] for site in checked.accepted)
         return SecureSum(total, sites, checked.level, 0.0)
+
+    def count_as_done(self) -> None:
+        """Note that a round led to a new model: lost rounds are counted from here."""
+        self._lost_rounds = 0
 
     def forget_sum(self, purpose: Purpose, number: int) -> None:
         """Remove the sum of a round that is on disk in full, unless sums are to be kept."""
