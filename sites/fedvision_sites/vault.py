@@ -56,7 +56,7 @@ def pin_job(guard: Path, job_digest: str, charter: bytes) -> None:
     Raises:
         ProtocolError: It had another one before.
     """
-    path = guard / f"job-{job_digest[:16]}"
+    path = guard / f"job-{job_digest}"
     if not path.exists():
         write_atomic(path, charter, PRIVATE)
     elif path.read_bytes() != charter:
@@ -74,7 +74,7 @@ def check_job(guard: Path, job_digest: str, charter: str) -> None:
     Raises:
         ProtocolError: No charter of this job, or another one.
     """
-    path = guard / f"job-{job_digest[:16]}"
+    path = guard / f"job-{job_digest}"
     if not path.exists() or (charter and path.read_bytes().hex() != charter):
         raise ProtocolError("charter-job", "that charter was not checked for this job")
 
@@ -90,7 +90,7 @@ def pin_release(guard: Path, job_digest: str, model: bytes) -> None:
     Raises:
         ProtocolError: Results of another model were released before.
     """
-    path = guard / f"released-{job_digest[:16]}"
+    path = guard / f"released-{job_digest}"
     if not path.exists():
         write_atomic(path, model, PRIVATE)
     elif path.read_bytes() != model:
@@ -170,7 +170,7 @@ class Vault:
         write_atomic(self._folder / "session", encode(session), PRIVATE)
 
     def _input_path(self, session: Session, model: bytes) -> Path:
-        return self._folder / f"input-{session.purpose}-{session.round:04d}-{model.hex()[:16]}"
+        return self._folder / f"input-{session.purpose}-{session.round:04d}-{model.hex()}"
 
     def load_input(self, session: Session, model: bytes) -> MaskVector | None:
         """Return the encoded input of a round, a copy that may be changed; None where there is none."""
