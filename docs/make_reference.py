@@ -292,11 +292,71 @@ def _messages(job: Job) -> dict[str, Any]:
     }
 
 
+LEVELS = {4: "sum", 9: "sketch", 10: "gram"}
+"""Numbers of sites, with the level that each has by default."""
+
+
+def secure_message_sizes() -> str:
+    """Return the size of a round's messages of secure aggregation, of the segmentation demo's network."""
+    from flwr.common.serde import recorddict_to_proto
+
+    from fedvision.data import demo_heads
+    from fedvision.simulation.demo import SETTINGS
+    from fedvision.wire.messages import SecureReply, SecureRequest, as_vector
+    from fedvision.wire.records import pack
+
+    task = {"kind": "segmentation", "spatial_dims": 3, "in_channels": 1, "classes": list(demo_heads.CLASSES)}
+    job = parse_job({"name": "demo-segmentation", "task": task, **SETTINGS["segmentation"]}, "demo")
+    length = _layout(job).size + 2  # mean loss and weight
+    sizes: dict[str, dict[int, str]] = {}
+    for num_sites, level in LEVELS.items():
+        for step, (request, reply) in _secure_steps(num_sites, level).items():
+            masked = np.zeros(length if step == "mask" else 0, np.uint32)
+            sent = {
+                f"{step}, to a site": SecureRequest(job.digest(), 1, "0" * 64, step, as_vector(request)),
+                f"{step}, from a site": SecureReply(job.digest(), "north", 1, step, as_vector(reply), masked),
+            }
+            if step == "ready":  # asked for with the weights, in a TrainRequest
+                del sent["ready, to a site"]
+            for name, message in sent.items():
+                size = recorddict_to_proto(pack(message)).ByteSize()
+                sizes.setdefault(name, {})[num_sites] = f"{size:,}"
+    head = ("step", *(f"{num_sites} sites, {level}" for num_sites, level in LEVELS.items()))
+    order = ("ready", "mask", "beacon", "sketch", "hold", "accept", "unmask")
+    names = sorted(sizes, key=lambda name: order.index(name.partition(",")[0]))
+    return table(head, ([name, *(sizes[name].get(n, "") for n in LEVELS)] for name in names))
+
+
+def _secure_steps(num_sites: int, level: str) -> dict[Any, tuple[bytes, bytes]]:
+    """Return the body of each step's request to the first site and of its reply, from a real sum."""
+    sys.path.insert(0, str(DOCS.parent))
+    from tests.secagg_parties import gather, run
+
+    consort = gather(num_sites, level)
+    first, steps = consort.parties[1], {}
+    begin, step = first.begin, first.step
+
+    def begun(offer: bytes) -> bytes:
+        answer = begin(offer)
+        steps["ready"] = (offer, answer)
+        return answer
+
+    def stepped(name: str, body: bytes) -> tuple[bytes, Any]:
+        answer, masked = step(name, body)
+        steps[name] = (body, answer)
+        return answer, masked
+
+    first.begin, first.step = begun, stepped
+    run(consort, consort.attempt())
+    return steps
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "job-keys": job_keys,
     "manifest-keys": manifest_keys,
     "cli-commands": cli_commands,
     "message-sizes": message_sizes,
+    "secure-message-sizes": secure_message_sizes,
 }
 
 

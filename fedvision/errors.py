@@ -85,6 +85,23 @@ class StorageError(FedvisionError):
     code = "storage"
 
 
+class VerificationError(FedvisionError):
+    """A run does not show what it claims: a signature, a hash or the arithmetic does not hold.
+
+    Args:
+        file: Which file shows it, as the user named the run folder.
+        rule: Short name of the rule that does not hold.
+        message: What is wrong.
+    """
+
+    code = "verification"
+    exit_code = 1
+
+    def __init__(self, file: object, rule: str, message: str, hint: str = "") -> None:
+        super().__init__(f"{file}: {message} (rule {rule})", hint)
+        self.file, self.rule = str(file), rule
+
+
 class Stopped(FedvisionError):
     """The user asked to stop (Ctrl-C); what was finished is on disk."""
 

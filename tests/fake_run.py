@@ -29,7 +29,7 @@ def segmentation_job(rounds: int = 8, classes: tuple[str, ...] = ("nucleus",), d
             "data": {"root": "/srv/private/nuclei"},
             "model": {"name": "UNet", "args": {"channels": [16, 32, 64], "strides": [2, 2]}},
             "training": {"steps": 20, "patch_size": [96] * dims},
-            "aggregation": {"clip_norm": 10.0},
+            "aggregation": {"clip_norm": 10.0, "secure": False},
         },
         "job.toml",
     )
@@ -51,7 +51,7 @@ def detection_job(rounds: int = 8, dims: int = 2) -> Job:
             "data": {"root": "/srv/private/cells"},
             "model": {"name": "FasterRCNN"},
             "training": {"epochs": 1, "image_size": [320] * dims, "loss": "detector"},
-            "aggregation": {"clip_norm": 6.0},
+            "aggregation": {"clip_norm": 6.0, "secure": False},
         },
         "job.toml",
     )

@@ -13,6 +13,7 @@ from fedvision.cli.job_file import commented_job
 from fedvision.config import Job, load_job
 from fedvision.data.demo import make_demo
 from fedvision.data.manifest import Manifest, find_manifests, save_manifest
+from fedvision.simulation.consortium import check_size
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_every_key_of_the_job_is_explained_in_the_words_of_the_configuration(tmp
 
 def test_commented_lines_are_valid_when_the_comment_is_taken_away(tmp_path: Path) -> None:
     assert main(["init", "segmentation", "--out", str(tmp_path / "job.toml")]) == 0
-    for key in ("window", "spacing_mm", "transform", "epochs", "gradient_clip"):
+    for key in ("window", "spacing_mm", "transform", "epochs", "gradient_clip", "weight_cap"):
         content = (tmp_path / "job.toml").read_text().replace(f"# {key} = ", f"{key} = ")
         if key == "window":
             content = content.replace('intensity = "zscore"', 'intensity = "window"')
@@ -204,6 +205,20 @@ def test_a_site_that_can_only_test_is_held_out(tmp_path: Path) -> None:
     assert data is not None and data.sites == ("north",) and data.held_out == ("east",)
 
 
+@pytest.mark.parametrize(("num_sites", "is_secure", "smallest"), [(2, False, 5), (3, True, 3), (4, True, 4)])
+def test_init_writes_a_job_that_its_sites_can_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], num_sites: int, is_secure: bool, smallest: int
+) -> None:
+    root = make_demo(tmp_path, "detection", size="tiny", num_sites=num_sites)
+    assert main(["init", "--data", str(root), "--out", str(tmp_path / "job.toml")]) == 0
+    job = load_job(tmp_path / "job.toml")
+    assert (job.aggregation.secure, job.secure_aggregation.smallest_cohort) == (is_secure, smallest)
+    check_size(job, num_sites)
+    told = capsys.readouterr().err
+    assert ("smallest_cohort" in told) == is_secure
+    assert ("secure aggregation (3), so it is off" in told) != is_secure
+
+
 def test_suggested_sizes_fit_a_u_net_and_the_image() -> None:
     assert suggest_patch([35, 51, 35]) == [32, 48, 32]
     assert suggest_patch([512, 512, 100]) == [96, 96, 48]
@@ -224,7 +239,8 @@ def test_a_job_file_survives_every_kind_of_value() -> None:
         "aggregation": {"clip_norm": 1.0},
     }
     names = ("preprocessing.window", "preprocessing.spacing_mm", "preprocessing.transform", "data.root")
-    examples = dict.fromkeys((*names, "training.epochs", "training.gradient_clip"), 1.0)
+    more = ("training.epochs", "training.gradient_clip", "secure_aggregation.weight_cap")
+    examples = dict.fromkeys((*names, *more), 1.0)
     parsed = tomllib.loads(commented_job(content, examples))
     assert parsed["task"]["classes"] == content["task"]["classes"]  # type: ignore[index]
     assert parsed["model"]["args"] == content["model"]["args"]  # type: ignore[index]

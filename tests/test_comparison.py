@@ -77,6 +77,16 @@ def test_a_comparison_with_gaps_and_hostile_names_is_shown(tmp_path: Path) -> No
     assert f"local: {HOSTILE}" in document.text
 
 
+def test_a_federated_model_whose_sites_release_no_results_has_dashes_and_a_note(tmp_path: Path) -> None:
+    data = comparison(held_out=())
+    data["rows"][0] |= {"test": {}, "worst_site": None, "worst_site_name": None}
+    write_json(tmp_path / "compare.json", data)
+    html = write_comparison(tmp_path).read_text(encoding="utf-8")
+    document = assert_stands_alone(html)
+    assert "No results by site for federated: the job releases sums over all sites only." in document.text
+    assert ["federated", "0.870", "–", "–", "0.870", "–", "2 min 03 s"] in rows_of(html)
+
+
 def test_a_comparison_of_many_sites_is_drawn(tmp_path: Path) -> None:
     write_json(tmp_path / "compare.json", comparison(tuple(f"site-{k}" for k in range(12)), ("x", "y", "z")))
     assert write_comparison(tmp_path).exists()

@@ -11,7 +11,8 @@ from fedvision.report.markup import Markup, page, tag
 from fedvision.report.notation import aligned_texts, duration_text, interval_text, metric_label, metric_text
 from fedvision.report.page import report_html, verdict, write_report
 from fedvision.report.record import read_run
-from fedvision.report.sections import clipping_words, results_table, rounds_table
+from fedvision.report.rounds import rounds_table
+from fedvision.report.sections import clipping_words, results_table
 from fedvision.storage import append_line, read_json, write_atomic, write_json
 from tests.documents import HOSTILE, Document, assert_stands_alone, rows_of
 from tests.fake_run import detection_job, segmentation_job, write_run
@@ -46,7 +47,8 @@ def test_the_report_of_a_segmentation_stands_alone_and_says_how_well_it_went(seg
     assert f"it reaches a Dice of {mean:.3f} on average over the sites" in document.text
     assert f"It does worst at {worst['site']} , with {worst['metrics']['dice']:.3f}" in document.text
     assert "At essen, which took no part in training, it reaches" in document.text
-    assert "plain FedAvg, clipped. Secure aggregation is not on" in document.text
+    assert "The job switches secure aggregation off" in document.text
+    assert "the server sees the update of every single site" in document.text
     assert (segmentation / "figures" / "curves.png").exists()
 
 

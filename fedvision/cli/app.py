@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from fedvision import __version__
-from fedvision.cli import compare, data, init, keys, simulate
+from fedvision.cli import compare, data, init, keys, simulate, verify
 from fedvision.errors import FedvisionError
 
 HELP = """Federated learning for medical imaging: simulate a federation of hospitals on this machine.
@@ -26,6 +26,7 @@ Start with [bold]fedvision simulate --demo[/], which needs no data. With your ow
   [bold]fedvision init[/]          write a commented job file
   [bold]fedvision simulate[/]      run the federation; ends with a report
   [bold]fedvision compare[/]       local-only, pooled and federated training side by side
+  [bold]fedvision verify[/]        check the signatures and the arithmetic of a finished run again
   [bold]fedvision keys[/]          identities, and the signed list of who takes part
 """
 
@@ -50,6 +51,7 @@ def _help(command: Callable[..., None]) -> str:
 app.command("simulate", help=_help(simulate.simulate), epilog=simulate.EPILOG)(simulate.simulate)
 app.command("report", help=_help(simulate.report))(simulate.report)
 app.command("compare", help=_help(compare.compare))(compare.compare)
+app.command("verify", help=_help(verify.verify), epilog=verify.EPILOG)(verify.verify)
 
 
 def _version(wanted: bool) -> None:
@@ -70,7 +72,8 @@ def _main(
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
-    0: done. 2: wrong input or a run that cannot go on; one line says why. 130: stopped by Ctrl-C.
+    0: done. 1: a run that was verified does not hold. 2: wrong input or a run that cannot go on. 130: stopped
+    by Ctrl-C. Where it is not 0, one line says why.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:

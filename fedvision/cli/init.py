@@ -29,7 +29,9 @@ EXAMPLES: dict[str, Any] = {
     "preprocessing.transform": "my_transforms:prepare",
     "training.epochs": 1.0,
     "training.gradient_clip": 1.0,
+    "secure_aggregation.weight_cap": 200,
 }
+DEMO_SITES = 4
 
 
 def _even(sizes: list[float], multiple: int, least: int, most: int) -> list[int]:
@@ -113,6 +115,17 @@ def _from_data(manifests: Mapping[str, "Manifest"], content: dict[str, Any]) -> 
         content["examples"]["preprocessing.spacing_mm"] = [
             round(float(mm), 2) for mm in np.median(spacings, axis=0)
         ]
+
+
+def protect(content: dict[str, Any], num_sites: int) -> str:
+    """Choose what secure aggregation does with so few sites, and return what the user must know of it."""
+    if num_sites < 3:
+        content["aggregation"]["secure"] = False
+        return f"{num_sites} of the sites train: too few for secure aggregation (3), so it is off in this job"
+    if num_sites < 5:
+        content["secure_aggregation"] = {"smallest_cohort": num_sites}
+        return f"a sum of {num_sites} sites says much about each: smallest_cohort = {num_sites} is a waiver"
+    return ""
 
 
 def job_content(kind: Kind, root: str, manifests: Mapping[str, "Manifest"] | None) -> dict[str, Any]:
@@ -208,10 +221,14 @@ def init(
     title = re.sub(r"[^A-Za-z0-9_.-]+", "-", root.name).strip("-._")[:64]
     if title and data is not None:
         content["name"] = title
+    trained = content["data"].get("sites")
+    note = protect(content, DEMO_SITES if trained is None else len(trained))
     text = commented_job(content, content.pop("examples"))
     parse_job(tomllib.loads(text), str(out))
     write_text(out, text)
     typer.echo(f"job: {out}")
+    if note:
+        typer.echo(f"note: {note}", err=True)
     if data is None and not root.exists():
         typer.echo(f"its data: fedvision data demo {kind}", err=True)
     typer.echo(f"next: fedvision simulate {out}", err=True)

@@ -40,7 +40,8 @@ def simulate(
 ) -> None:
     """Run a federation of sites on this machine and write a report.
 
-    Every site trains on its own images and sends a clipped update; the server averages them (FedAvg).
+    Every site trains on its own images and clips its update; the server averages them (FedAvg). With secure
+    aggregation, which is the default, updates are added up under masks, and the server learns the sum only.
     The code of sites and server is the one that a deployment will run. Where there is a GPU, the sites
     take turns on it.
     """

@@ -12,6 +12,7 @@ from fedvision.report.notation import (
     duration_text,
     interval_text,
     is_number,
+    listed,
     metric_explained,
     metric_label,
     metric_text,
@@ -238,6 +239,7 @@ def comparison_html(data: Comparison) -> str:
             "Every model at every site",
             figure,
             tag("p", "A frame marks a model's own site, a red line its worst site.", class_="note"),
+            _unknown(data),
             _summary_table(data),
             intro=metric_explained(metric),
         ),
@@ -250,6 +252,15 @@ def comparison_html(data: Comparison) -> str:
         ),
         tag("footer", "Made by fedvision. No part of this page is fetched from elsewhere."),
     )
+
+
+def _unknown(data: Comparison) -> Markup:
+    """Say which models have no results by site, because the job releases sums over sites only."""
+    hidden = [str(row["model"]) for row in data["rows"] if not row.get("test")]
+    if not hidden:
+        return Markup()
+    text = f"No results by site for {listed(hidden)}: the job releases sums over all sites only."
+    return tag("p", text, class_="note")
 
 
 def _summary_table(data: Comparison) -> Markup:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_FLAT = 0.02
+
+
 def _style_rounds(axes: Any, first: float, last: float) -> None:
     """Set up an axis of rounds: whole numbers, air around a single one."""
     from matplotlib.ticker import MaxNLocator
@@ -42,30 +45,45 @@ def curves_figure(record: RunRecord, theme: Theme) -> "Figure | None":
     """
     from matplotlib.figure import Figure
 
-    losses = {site: record.series(record.train, site, "train_loss") for site in record.sites}
     scores = {site: record.series(record.validate, site, record.headline) for site in record.sites}
-    losses, scores = known_series(losses, record), known_series(scores, record)
-    if not losses and not scores:
+    losses, scores = known_series(record.losses(), record), known_series(scores, record)
+    is_judged = any(record.validation(number)[0] is not None for number in record.rounds)
+    if not losses and not scores and not is_judged and not record.mean_losses():
         return None
     last = max([1, *record.train, *record.rounds])
     figure = Figure(figsize=(FIGURE_WIDTH, 4.3))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     left.set_title(f"Validation: {metric_label(record.headline)}")
     right.set_title("Training loss")
-    if scores:
+    if scores or is_judged:
         draw_sites(left, scores, record, theme, median=False)
         _draw_summary(left, record, theme)
     else:
         left.text(0.5, 0.5, "no validation yet", transform=left.transAxes, ha="center", color=theme.muted)
     if losses:
         draw_sites(right, losses, record, theme)
+    means = record.mean_losses()
+    if means:
+        marker = "o" if len(means) == 1 else None
+        right.plot(
+            list(means),
+            list(means.values()),
+            color=theme.ink,
+            linewidth=2.6,
+            marker=marker,
+            label="mean of sites",
+        )
     for axes in (left, right):
         _style_rounds(axes, min(record.train, default=1), last)
-    handles, labels = left.get_legend_handles_labels()
-    if not scores:
-        handles, labels = right.get_legend_handles_labels()
+    named = {label: handle for axes in (right, left) for handle, label in _legend_entries(axes)}
+    handles, labels = list(named.values()), list(named)
     figure.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 7), columnspacing=1.6)
     return figure
+
+
+def _legend_entries(axes: Any) -> list[tuple[Any, str]]:
+    handles, labels = axes.get_legend_handles_labels()
+    return list(zip(handles, labels, strict=True))
 
 
 def _draw_summary(axes: Any, record: RunRecord, theme: Theme) -> None:
@@ -95,6 +113,21 @@ def _draw_summary(axes: Any, record: RunRecord, theme: Theme) -> None:
             markerfacecolor="none",
             label="worst site",
         )
+    pooled = {number: record.pooled(number) for number in means} if record.agreement else {}
+    pooled = {number: value for number, value in pooled.items() if value is not None}
+    if pooled:
+        axes.plot(
+            list(pooled),
+            list(pooled.values()),
+            color=theme.ink,
+            linewidth=1.4,
+            linestyle=(0, (2, 2)),
+            marker=marker,
+            label="all cases pooled",
+        )
+    low, high = axes.get_ylim()
+    if means and high - low < _FLAT:  # equal values: the axis would show their last digits
+        axes.set_ylim((low + high - _FLAT) / 2, (low + high + _FLAT) / 2)
     best = record.best_round
     if best in means and best is not None:
         axes.axvline(best, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 2)), zorder=0)

@@ -26,14 +26,14 @@ def results_figure(record: RunRecord, theme: Theme) -> "Figure | None":
     """Draw the headline on test data by site with 95 % intervals, and the mean, worst and pooled values.
 
     Returns:
-        The figure; None before the final test.
+        The figure; None before the final test. Only the values over sites where no site released its own.
     """
     from matplotlib.figure import Figure
 
     results = record.results
     values = {site: results[site]["metrics"].get(record.headline) for site in record.sites if site in results}
     values = {site: value for site, value in values.items() if is_number(value)}
-    if not values:
+    if not values and not any(is_number(s.metrics.get(record.headline)) for s in record.summaries.values()):
         return None
     if len(values) > _NAMED_ROWS:
         return _ranked_results(record, values, theme)
@@ -172,12 +172,12 @@ def froc_figure(record: RunRecord, theme: Theme) -> "Figure | None":
     curves = {site: sensitivities(result["metrics"]) for site, result in record.results.items()}
     curves = known_series(curves, record)
     pooled = sensitivities(record.summaries[POOLED].metrics) if POOLED in record.summaries else {}
-    if not curves:
+    if not curves and not pooled:
         return None
     figure = Figure(figsize=(FIGURE_WIDTH, 4.0))
     axes = figure.subplots()
     axes.set_title("Test: sensitivity against false positives per image (FROC)")
-    rates = sorted({rate for curve in curves.values() for rate in curve})
+    rates = sorted({rate for curve in (*curves.values(), pooled) for rate in curve})
     place = {rate: position for position, rate in enumerate(rates)}
     draw_sites(
         axes,

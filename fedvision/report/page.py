@@ -29,15 +29,15 @@ from fedvision.report.notation import (
     metric_text,
 )
 from fedvision.report.palette import DARK, LIGHT, render
+from fedvision.report.protection import privacy_section, secure_section
 from fedvision.report.record import MEAN, POOLED, RunRecord, read_run
+from fedvision.report.rounds import rounds_table
 from fedvision.report.sections import (
     class_tables,
     clipping_words,
     froc_table,
-    privacy_section,
     reproduce_section,
     results_table,
-    rounds_table,
     site_label,
 )
 from fedvision.storage import write_text
@@ -86,6 +86,7 @@ def report_html(record: RunRecord) -> str:
         _clipping(record),
         single_cases(record),
         _rounds(record),
+        secure_section(record),
         privacy_section(record, record.num_parameters()),
         reproduce_section(record),
         tag(
@@ -103,7 +104,7 @@ def verdict(record: RunRecord) -> Markup:
     aim = "segment" if task.kind == "segmentation" else "detect"
     parts: list[object] = [
         f"{counted(len(record.training_sites), 'site')} trained one {record.job.model.name} over "
-        f"{counted(max(record.rounds, default=0), 'round')} to {aim} {listed(task.classes)} "
+        f"{counted(record.rounds_done, 'round')} to {aim} {listed(task.classes)} "
         f"in {task.spatial_dims}D images, each on its own data. "
     ]
     if MEAN not in record.summaries:
@@ -127,6 +128,8 @@ def verdict(record: RunRecord) -> Markup:
             tag("strong", record.worst_site),
             f", with {headline(worst['metrics'])}. ",
         ]
+    if not record.results:
+        parts.append("Where it does worst is not known: no site released results of its own. ")
     held_out = {site: headline(record.results[site]["metrics"]) for site in record.held_out_sites}
     if len(held_out) == 1:
         parts += [
@@ -152,7 +155,7 @@ def _validation_words(record: RunRecord) -> str:
 
 def _notice(record: RunRecord) -> Markup:
     """Say what is missing in a run that is not finished."""
-    done, wanted = max(record.rounds, default=0), record.job.rounds
+    done, wanted = record.rounds_done, record.job.rounds
     if record.test is None:
         missing = f"{done} of {wanted} rounds are done" if done < wanted else "all rounds are done"
         text = f"This run is not finished: {missing}, and the final test has not been made."
@@ -173,14 +176,20 @@ def _key_facts(record: RunRecord) -> list[tuple[str, object]]:
             _score(
                 record, f"{name}, mean of sites", mean.metrics, mean.intervals, "every site counts the same"
             ),
-            _score(record, f"{name}, worst site", worst["metrics"], {}, record.worst_site),
+            _score(record, f"{name}, worst site", worst["metrics"], {}, record.worst_site)
+            if record.results
+            else _fact(f"{name}, worst site", "hidden", "no site released its own"),
             _score(
                 record, f"{name}, all cases", pooled.metrics, pooled.intervals, "every case counts the same"
             ),
         ]
         own = [result for result in record.results.values() if result["role"] != "held_out"]
         cases, patients = (sum(result[key] for result in own) for key in ("num_cases", "num_patients"))
-        pairs.append(_fact("Test cases", f"{cases:,}", f"of {counted(patients, 'patient')}"))
+        pairs.append(
+            _fact("Test cases", f"{cases:,}", f"of {counted(patients, 'patient')}")
+            if record.results
+            else _fact("Test cases", "hidden", "in the sums of all sites")
+        )
     else:
         best = record.best_round
         mean_so_far, site, lowest = record.validation(best) if best is not None else (None, "", None)
@@ -192,28 +201,48 @@ def _key_facts(record: RunRecord) -> list[tuple[str, object]]:
                 {},
                 "mean of sites, best so far",
             ),
-            _score(record, f"{name}, worst site", {record.headline: lowest}, {}, site or "not judged yet"),
+            _score(record, f"{name}, worst site", {record.headline: lowest}, {}, site or "not judged yet")
+            if record.agreement is None
+            else _fact(f"{name}, worst site", "hidden", "sums of all sites only"),
         ]
-    done, held_out = max(record.rounds, default=0), len(record.held_out_sites)
+    done, held_out = record.rounds_done, len(record.held_out_sites)
     kept = (
         f"kept: the model of round {record.best_round}"
         if record.best_round is not None
         else "no model judged yet"
     )
-    entries = [entry for by_site in record.train.values() for entry in by_site.values()]
-    lost = sum(entry.get("status") != "accepted" for entry in entries)
     seconds = [entry["seconds"] for entry in record.rounds.values() if is_number(entry.get("seconds"))]
+    notes = [f"and {held_out} held out"] if held_out else []
+    if record.agreement is not None and _lost(record)[0]:
+        notes.append(f"{counted(_lost(record)[0], 'update')} left out")
     return [
         *pairs,
         _fact(
             "Sites that train",
             f"{len(record.training_sites)}",
-            f"and {held_out} held out" if held_out else "",
+            "; ".join(notes),
         ),
         _fact("Rounds", f"{done}" if done >= record.job.rounds else f"{done} of {record.job.rounds}", kept),
-        _fact("Updates left out", f"{lost}", f"refused or failed, of {len(entries):,}"),
+        _protection_fact(record),
         _fact("Time", duration_text(sum(seconds)) if seconds else MISSING, "all rounds, without the test"),
     ]
+
+
+def _protection_fact(record: RunRecord) -> tuple[str, object]:
+    """Return what the server saw of single updates; of a run in the clear, how many updates are in no sum."""
+    if record.agreement is None:
+        lost, asked = _lost(record)
+        return _fact("Updates left out", f"{lost:,}", f"refused or failed, of {asked:,}")
+    level = record.agreement.charter.level
+    seen = {"sum": "sums only", "sketch": "sums and sketches", "gram": "sums and inner products"}[level]
+    return _fact("Secure aggregation", level, f"the server saw {seen}")
+
+
+def _lost(record: RunRecord) -> tuple[int, int]:
+    """Return how many updates are in no model, and of how many."""
+    numbers = record.train if record.agreement is None else record.rounds
+    asked = sum(record.asked(number) for number in numbers)
+    return asked - sum(len(record.accepted(number)) for number in numbers), asked
 
 
 def _fact(name: str, value: str, note: str) -> tuple[str, object]:
@@ -240,13 +269,18 @@ def _learning(record: RunRecord) -> Markup:
     figure = _figure(record, "curves", f"{name} on validation cases and training loss, by round and site")
     if not figure:
         return Markup()
-    return section(
-        "Learning", figure, intro=f"{metric_explained(record.headline) or name}. Validation cases only."
-    )
+    intro = f"{metric_explained(record.headline) or name}. Validation cases only."
+    note: object = ""
+    if record.agreement is not None:
+        text = "The server knows the sums over sites only."
+        if any(record.losses().values()):
+            text += " The training losses of single sites come from their own records, which are never sent."
+        note = tag("p", text, class_="note")
+    return section("Learning", figure, note, intro=intro)
 
 
 def _results(record: RunRecord) -> Markup:
-    if not record.results:
+    if not record.results and not record.summaries:
         return section("Results", intro="The final test has not been made, so there are no test results yet.")
     name = metric_label(record.headline)
     parts: list[object] = [
@@ -270,7 +304,9 @@ def _results(record: RunRecord) -> Markup:
     intro = "Test cases, which neither trained the model nor chose it."
     if resamples:
         intro += f" Intervals: bootstrap over patients, {counted(resamples, 'resample')}."
-    return section("Results at the sites", *parts, intro=intro)
+    if not record.results:
+        intro += " Results of single sites are not known: the job releases sums over all sites only."
+    return section("Results at the sites" if record.results else "Results", *parts, intro=intro)
 
 
 def _clipping(record: RunRecord) -> Markup:
@@ -296,10 +332,9 @@ def single_cases(record: RunRecord) -> Markup:
     first = record.worst_site if record.worst_site in shown else shown[0]
     parts = []
     for site in shown:
-        value = metric_text(
-            record.results.get(site, {"metrics": {}})["metrics"].get(record.headline), record.headline
-        )
-        note = tag("span", f"{metric_label(record.headline)} {value}, {record.role(site)}", class_="aside")
+        value = record.results.get(site, {"metrics": {}})["metrics"].get(record.headline)
+        score = f"{metric_label(record.headline)} {metric_text(value, record.headline)}, "
+        note = tag("span", f"{score if record.results else ''}{record.role(site)}", class_="aside")
         pictures_of_site = (
             picture(f"{path.stem} test case of {site}", path.read_bytes()) for path in pictures[site]
         )
@@ -327,4 +362,6 @@ def _rounds(record: RunRecord) -> Markup:
     if not record.train and not record.rounds:
         return Markup()
     intro = "Who took part, what the server refused and why. A refused update is left out of the average."
+    if record.agreement is not None:
+        intro = "Whose updates are in the sum of each round, who was left out and why."
     return section("Rounds", rounds_table(record), intro=intro)

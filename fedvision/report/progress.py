@@ -53,6 +53,8 @@ class Progress:
         self._durations: deque[float] = deque(maxlen=_RECENT_ROUNDS)
         self._sites: dict[str, Event | None] = {}
         self._validated: dict[str, float] = {}
+        self._judged: set[str] = set()
+        self._summing: float | None = None
         self._means: list[float] = []
         self._best: tuple[float, int] | None = None
         self._worst: tuple[str, float] | None = None
@@ -82,8 +84,8 @@ class Progress:
         """Take note of an event of the run, see the rules of the module.
 
         Args:
-            event: "start" with round and sites; a record of rounds.jsonl; "test"; or "note" with text.
-                Others are passed over.
+            event: "start" with round and sites; a record of rounds.jsonl; "test"; "judged", of a site whose
+                results go into a masked sum; or "note" with text. Others are passed over.
         """
         with self._lock:
             line = self._take(event)
@@ -96,24 +98,59 @@ class Progress:
         if kind == "start":
             self._current = int(event["round"])
             self._sites = {str(name): None for name in event["sites"]}
-            self._validated = {}
+            self._validated, self._judged, self._summing = {}, set(), None
         elif kind == "train":
             self._sites[site] = event
+            self._note_sum(all(record is not None for record in self._sites.values()))
+        elif kind in ("validate", "test") and event.get("status") == "refused":
+            self._note = f"{site} is not in the sum of the results: {event.get('reason', '')}"
         elif kind == "validate":
             value = event["metrics"].get(self._headline)
             if is_number(value):
                 self._validated[site] = value
+        elif kind == "judged":
+            self._judged.add(site)
+            self._num_tested += event.get("split") == "test"
+            self._note_sum(len(self._judged) >= len(self._sites))
         elif kind == "round":
             return self._end_round(event)
         elif kind == "evaluate failed":
-            self._note = f"{site} could not be judged: {event.get('reason', '')}"
+            self._note = f"{site or 'the model'} could not be judged: {event.get('reason', '')}"
         elif kind == "test":
             self._num_tested += 1
+        elif kind in ("secure", "attempt", "expelled", "thrown away"):
+            return self._take_incident(event)
         elif kind == "note":
             self._note = str(event["text"])
         return ""
 
+    def _note_sum(self, all_ready: bool) -> None:
+        """Remember when the last site was ready, since when its input is added up under masks."""
+        is_secure = self._job.aggregation.secure
+        self._summing = time.monotonic() if all_ready and is_secure else None
+
+    def _take_incident(self, event: Event) -> str:
+        """Note what went wrong in a masked sum; return the plain line of a round that was thrown away."""
+        kind, site, reason = event["event"], str(event.get("site", "")), str(event.get("reason", ""))
+        if kind == "secure":
+            self._note = f"{site} {event.get('status', 'failed')} at step {event.get('step', '')}: {reason}"
+            if event.get("step") == "ready" and self._sites.get(site) is None:
+                self._sites[site] = {**event, "site": site}
+        elif kind == "attempt":
+            self._summing = None
+            self._note = f"attempt {event.get('attempt', '')} given up: {reason}"
+        elif kind == "expelled":
+            self._note = f"{site} is expelled, rule {event.get('rule', '')}"
+            self._sites[site] = {"status": "expelled", "reason": f"rule {event.get('rule', '')}"}
+        else:
+            self._summing = None
+            self._done = self._current = int(event["round"])
+            self._note = reason
+            return f"round {self._done}/{self._job.rounds}; thrown away; {printable(reason)}"
+        return ""
+
     def _end_round(self, event: Event) -> str:
+        self._summing = None
         number = self._done = self._current = int(event["round"])
         self._durations.append(float(event.get("seconds") or 0.0))
         parts = [f"round {number}/{self._job.rounds}"]
@@ -165,8 +202,19 @@ class Progress:
             yield from self._site_lines(options)
         if self._num_tested:
             yield Text(f"  final test: {counted(self._num_tested, 'site')} judged")
+        if self._summing is not None:
+            seconds = duration_text(time.monotonic() - self._summing)
+            yield Text(f"  {self._sum_text()}: {seconds}", style="dim")
         if self._note:
             yield Text(f"  {printable(self._note)}", style="yellow")
+
+    def _sum_text(self) -> str:
+        """Say what is under way once every site has its input; the server tells no more until it is done."""
+        if self._judged:
+            return "adding up the masked results"
+        is_last, every = self._current == self._job.rounds, self._job.evaluation.every
+        then = ", then validation" if is_last or self._current % every == 0 else ""
+        return f"adding up the masked updates{then}"
 
     def _time_left(self) -> str:
         left = self._job.rounds - self._done
@@ -222,18 +270,16 @@ class Progress:
                     overflow="ellipsis",
                     no_wrap=True,
                 )
-            if self._validated:
-                yield Text(f"    {len(self._validated)} validated", style="dim")
+            if self._validated or self._judged:
+                yield Text(f"    {len(self._validated) + len(self._judged)} validated", style="dim")
             return
         rows = Table.grid(padding=(0, 2))
         for site, found in self._sites.items():
             style = "dim" if found is None else ("" if found.get("status") == "accepted" else "red")
             value = self._validated.get(site)
-            judged = (
-                f"{metric_label(self._headline)} {metric_text(value, self._headline)}"
-                if value is not None
-                else ""
-            )
+            judged = "judged" if site in self._judged else ""
+            if value is not None:
+                judged = f"{metric_label(self._headline)} {metric_text(value, self._headline)}"
             rows.add_row(
                 "", Text(printable(site), style="bold"), Text(_outcome(found), style=style), Text(judged)
             )
@@ -244,6 +290,8 @@ def _outcome(record: Event | None) -> str:
     """Say what a site did in a round."""
     if record is None:
         return "waiting"
+    if record.get("status") == "accepted" and "num_steps" not in record:
+        return "trained"
     if record.get("status") == "accepted":
         loss = record.get("train_loss")
         text = f"loss {loss:.3f}" if is_number(loss) else f"loss {MISSING}"

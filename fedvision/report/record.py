@@ -2,6 +2,7 @@
 
 Rules:
 - Of two lines with the same event, round and site the last one counts, so a resumed run may repeat one.
+- With secure aggregation the transcripts say who was in a sum; the record says why others were not.
 - A site's own files are found by listing ``sites/``; a name in a record never becomes a path.
 """
 
@@ -14,10 +15,13 @@ from safetensors import safe_open
 
 from fedvision.config import Job, load_job
 from fedvision.report.notation import is_number
+from fedvision.report.sums import Agreement, SumRecord, read_agreement, read_sums
 from fedvision.storage import read_json, read_lines
 from fedvision.tasks import task_module
 
 Record = dict[str, Any]
+TEST = 1 << 32
+"""Stands for the final test where incidents are kept by round: after every round."""
 MEAN = "mean of sites"
 POOLED = "all cases pooled"
 
@@ -46,6 +50,10 @@ class RunRecord:
         clipping: What each site recorded of its updates by site, then round; empty away from their machine.
         refusals: Why a site itself refused a round, in its own words, by site, then round.
         site_folders: The sites' own folders by site.
+        agreement: Charter and names of a run with secure aggregation; None for one in the clear.
+        sums: Its finished sums by purpose and round.
+        incidents: Its events "secure", "attempt", "expelled" and "thrown away" by round, ``TEST`` for those
+            of the final test.
     """
 
     folder: Path
@@ -59,6 +67,9 @@ class RunRecord:
     clipping: dict[str, dict[int, Record]]
     refusals: dict[str, dict[int, str]]
     site_folders: dict[str, Path]
+    agreement: Agreement | None
+    sums: dict[tuple[str, int], SumRecord]
+    incidents: dict[int, list[Record]]
 
     @property
     def headline(self) -> str:
@@ -68,7 +79,8 @@ class RunRecord:
     @property
     def training_sites(self) -> list[str]:
         """Names of the sites that were asked to train, sorted."""
-        return sorted({site for by_site in self.train.values() for site in by_site})
+        enrolled = self.agreement.sites if self.agreement and self.train else ()
+        return sorted({site for by_site in self.train.values() for site in by_site}.union(enrolled))
 
     @property
     def held_out_sites(self) -> list[str]:
@@ -88,7 +100,9 @@ class RunRecord:
         return dict(self.test["sites"]) if self.test else {}
 
     def role(self, site: str) -> str:
-        """Say what a site did: trained, held out, or tested only."""
+        """Say what a site did: trained, held out, tested only; or that it was expelled for a lie."""
+        if site in self.expelled():
+            return "expelled"
         if site in self.held_out_sites:
             return "held out"
         return "trained" if site in self.training_sites else "tested only"
@@ -148,6 +162,53 @@ class RunRecord:
                 found[number] = float(value)
         return found
 
+    def pooled(self, number: int) -> float | None:
+        """Return the headline of a round over all validation cases."""
+        found = (self.rounds.get(number) or {}).get("validation") or {}
+        value = (found.get("pooled") or {}).get(self.headline)
+        return float(value) if is_number(value) else None
+
+    def losses(self) -> dict[str, dict[float, float]]:
+        """Return the training loss by site and round: what sites sent, or else their own records."""
+        if self.agreement is None:
+            return {site: self.series(self.train, site, "train_loss") for site in self.sites}
+        return {
+            site: {n: float(one["train_loss"]) for n, one in log.items() if is_number(one.get("train_loss"))}
+            for site, log in self.clipping.items()
+        }
+
+    def mean_losses(self) -> dict[float, float]:
+        """Return the weighted mean training loss by round, which is all that a secure sum says of it."""
+        found = {number: entry.get("train_loss") for number, entry in self.rounds.items()}
+        return {number: float(value) for number, value in found.items() if is_number(value)}
+
+    @property
+    def rounds_done(self) -> int:
+        """The last round that is done, with those that were thrown away; 0 before the first."""
+        thrown_away = (number for number in self.incidents if self.thrown_away(number))
+        return max([0, *self.rounds, *thrown_away])
+
+    def accepted(self, number: int) -> list[str]:
+        """Return the names of the sites whose updates are in a round's model, sorted."""
+        if self.agreement is None:
+            return [str(record["site"]) for record in self.trained(number, accepted=True)]
+        found = self.sums.get(("train", number))
+        return sorted(found.accepted) if found else []
+
+    def asked(self, number: int) -> int:
+        """Return how many sites could have been in a round's model."""
+        return len(self.train.get(number, {})) if self.agreement is None else len(self.agreement.sites)
+
+    def thrown_away(self, number: int) -> bool:
+        """Whether a round was unmasked, but its sum was wrong and not used."""
+        events = [incident["event"] for incident in self.incidents.get(number, ())]
+        return "thrown away" in events and number not in self.rounds
+
+    def expelled(self) -> dict[str, tuple[int, Record]]:
+        """Return the round and the event of each site that was expelled, by site; ``TEST`` for the test."""
+        found = [(number, one) for number, events in sorted(self.incidents.items()) for one in events]
+        return {str(one["site"]): (number, one) for number, one in found if one["event"] == "expelled"}
+
     def trained(self, number: int, accepted: bool) -> list[Record]:
         """Return a round's training records that were accepted, or those refused or failed, by site."""
         return [
@@ -155,6 +216,11 @@ class RunRecord:
             for _, record in sorted(self.train.get(number, {}).items())
             if (record.get("status") == "accepted") == accepted
         ]
+
+
+def is_of_test(record: Record) -> bool:
+    """Whether an incident belongs to the sum of the final test, which has a count of its own."""
+    return record.get("purpose") == "test" or str(record.get("evidence", "")).startswith("test-")
 
 
 def headline_of(job: Job) -> str:
@@ -172,10 +238,17 @@ def read_run(folder: Path) -> RunRecord:
     events: dict[str, dict[int, dict[str, Record]]] = {
         name: {} for name in ("train", "validate", "evaluate failed", "round")
     }
+    incidents: dict[int, list[Record]] = {}
     for record in read_lines(folder / "rounds.jsonl"):
-        event = events.get(str(record.get("event")))
-        if event is not None:
-            event.setdefault(int(record["round"]), {})[str(record.get("site", ""))] = record
+        name = str(record.get("event"))
+        if name in ("validate", "test") and record.get("status") == "refused":
+            name = "evaluate failed"
+        if name in ("secure", "attempt", "expelled", "thrown away"):
+            number = TEST if is_of_test(record) else int(record["round"])
+            incidents.setdefault(number, []).append(record)
+        elif name in events:
+            events[name].setdefault(int(record["round"]), {})[str(record.get("site", ""))] = record
+    agreement = read_agreement(folder)
     folders = {path.name: path for path in sorted((folder / "sites").glob("*")) if path.is_dir()}
     clipping: dict[str, dict[int, Record]] = {name: {} for name in folders}
     refusals: dict[str, dict[int, str]] = {name: {} for name in folders}
@@ -199,6 +272,9 @@ def read_run(folder: Path) -> RunRecord:
         clipping=clipping,
         refusals=refusals,
         site_folders=folders,
+        agreement=agreement,
+        sums=read_sums(folder, agreement) if agreement else {},
+        incidents=incidents,
     )
 
 

@@ -8,9 +8,7 @@ from fedvision.config import dump_job
 from fedvision.report.markup import Column, Markup, details, joined, section, table, tag
 from fedvision.report.notation import (
     MISSING,
-    aligned_texts,
     counted,
-    duration_text,
     false_positives,
     interval_text,
     is_number,
@@ -39,12 +37,15 @@ def site_label(record: RunRecord, site: str) -> Markup:
 
 def _final_metrics(record: RunRecord) -> list[str]:
     """Return the names of all final metrics, the headline first."""
-    names = dict.fromkeys(name for result in record.results.values() for name in result["metrics"])
+    known = [result["metrics"] for result in record.results.values()]
+    known = known or [summary.metrics for summary in record.summaries.values()]
+    names = dict.fromkeys(name for metrics in known for name in metrics)
     return sorted(names, key=lambda name: name != record.headline)
 
 
 def results_table(record: RunRecord) -> Markup:
-    """Return the final metrics over all classes, or of the only class, one row a site."""
+    """Return the final metrics over all classes, or of the only class, one row a site; where no site released
+    its own, only those over sites."""
     names = _final_metrics(record)
     overall = {name for name in names if "/" not in name}
     alone = {
@@ -55,11 +56,10 @@ def results_table(record: RunRecord) -> Markup:
         for name in names
         if name in overall | alone and name != record.headline and false_positives(name) is None
     ]
+    counted_columns = [Column("Role"), Column("Cases", is_number=True), Column("Patients", is_number=True)]
     columns = [
-        Column("Site"),
-        Column("Role"),
-        Column("Cases", is_number=True),
-        Column("Patients", is_number=True),
+        Column("Site" if record.results else "Over all sites"),
+        *(counted_columns if record.results else []),
         Column(metric_label(record.headline), True, metric_explained(record.headline)),
         Column("95 % interval"),
         *(Column(metric_label(split_metric(name)[0]), True, metric_explained(name)) for name in others),
@@ -83,15 +83,10 @@ def results_table(record: RunRecord) -> Markup:
             rows.append([name, record.role(site), *counts, *numbers(result["metrics"], result["intervals"])])
     own = [result for result in record.results.values() if result["role"] != "held_out"]
     totals = [f"{sum(result[key] for result in own):,}" for key in ("num_cases", "num_patients")]
-    foot = [
-        [
-            label.capitalize(),
-            "",
-            *(totals if label == POOLED else ("", "")),
-            *numbers(found.metrics, found.intervals),
-        ]
-        for label, found in record.summaries.items()
-    ]
+    foot = []
+    for label, found in record.summaries.items():
+        counts = ["", *(totals if label == POOLED else ("", ""))] if record.results else []
+        foot.append([label.capitalize(), *counts, *numbers(found.metrics, found.intervals)])
     shown = table(columns, rows, foot)
     return shown if len(rows) <= _OPEN_ROWS else details(f"Table of all {len(rows)} sites", shown)
 
@@ -126,9 +121,10 @@ def class_tables(record: RunRecord) -> Markup:
 def froc_table(record: RunRecord) -> Markup:
     """Return sensitivity at fixed false positives an image, one row a site."""
     curves = {site: sensitivities(result["metrics"]) for site, result in record.results.items()}
-    rates = sorted({rate for curve in curves.values() for rate in curve})
+    overall = {label: sensitivities(summary.metrics) for label, summary in record.summaries.items()}
+    rates = sorted({rate for curve in (*curves.values(), *overall.values()) for rate in curve})
     columns = [
-        Column("Site"),
+        Column("Site" if curves else "Over all sites"),
         *(
             Column(f"{rate_label(rate)} FP", True, f"at {rate_label(rate)} false positives an image")
             for rate in rates
@@ -139,10 +135,7 @@ def froc_table(record: RunRecord) -> Markup:
         return [metric_text(curve.get(rate), "sensitivity") for rate in rates]
 
     rows = [[site_label(record, site), *numbers(curves[site])] for site in record.sites if site in curves]
-    foot = [
-        [label.capitalize(), *numbers(sensitivities(summary.metrics))]
-        for label, summary in record.summaries.items()
-    ]
+    foot = [[label.capitalize(), *numbers(curve)] for label, curve in overall.items()]
     return table(columns, rows, foot)
 
 
@@ -162,7 +155,7 @@ def clipping_words(record: RunRecord) -> str:
             "clipping changed nothing; it only bounds what a faulty or hostile site could do."
         )
     share, site, number = min(clipped)
-    late = [entry for entry in clipped if entry[2] > max(record.rounds, default=0) / 2]
+    late = [entry for entry in clipped if entry[2] > record.rounds_done / 2]
     end = (
         "Updates were still clipped in the second half of the run: a larger clip norm may train faster, "
         "and lets one site move the model further."
@@ -175,113 +168,6 @@ def clipping_words(record: RunRecord) -> str:
     )
 
 
-def rounds_table(record: RunRecord) -> Markup:
-    """Return who took part in every round, what was refused and why, and what came out."""
-    numbers = sorted(set(record.rounds) | set(record.train))
-    norms = dict(
-        zip(
-            record.rounds,
-            aligned_texts([entry.get("update_norm") for entry in record.rounds.values()]),
-            strict=True,
-        )
-    )
-    absences = {number: _absences(record, number) for number in numbers}
-    columns = [
-        Column("Round"),
-        Column("Took part"),
-        *([Column("Refused or failed")] if any(absences.values()) else []),
-        Column("Update norm", True, "L2 norm of the mean of the clipped updates"),
-        Column(f"{metric_label(record.headline)}, mean", is_number=True),
-        Column("Worst", is_number=True),
-        Column("at"),
-        Column("Time", is_number=True),
-    ]
-    rows = []
-    for number in numbers:
-        found = record.rounds.get(number)
-        mean, worst, lowest = record.validation(number)
-        kept = tag("span", "kept", class_="kept") if number == record.best_round else ""
-        rows.append(
-            [
-                tag("span", number, kept, class_="site"),
-                _took_part(record, number),
-                *([absences[number]] if any(absences.values()) else []),
-                norms[number] if found else tag("span", "not finished", class_="bad"),
-                metric_text(mean, record.headline),
-                metric_text(lowest, record.headline),
-                worst,
-                duration_text(found.get("seconds")) if found else MISSING,
-            ]
-        )
-    rounds = table(columns, rows)
-    return rounds if len(rows) <= _OPEN_ROWS else details(f"Table of all {len(rows)} rounds", rounds)
-
-
-def _took_part(record: RunRecord, number: int) -> str:
-    accepted = [str(entry["site"]) for entry in record.trained(number, accepted=True)]
-    asked = len(record.train.get(number, {}))
-    if len(accepted) == asked:
-        return f"all {asked}"
-    return f"{len(accepted)} of {asked}" + (f": {listed(accepted)}" if asked < MANY_SITES else "")
-
-
-def _absences(record: RunRecord, number: int) -> Markup:
-    """Return what went wrong at which site, with the site's own words where they are on this machine."""
-    words: list[Markup] = []
-    for entry in record.trained(number, accepted=False):
-        site = str(entry["site"])
-        own = record.refusals.get(site, {}).get(number, "")
-        reason = f"{entry.get('status', '')}: {entry.get('reason') or 'no reason given'}"
-        words.append(joined([tag("b", site), " ", reason, f" (its own log: {own})" if own else ""]))
-    for site, entry in sorted(record.failed_validation.get(number, {}).items()):
-        words.append(joined([tag("b", site), f" could not be judged: {entry.get('reason', '')}"]))
-    return joined(tag("div", word, class_="bad") for word in words)
-
-
-def privacy_section(record: RunRecord, num_parameters: int | None) -> Markup:
-    """Return what left the sites and what did not, without sparing this version."""
-    job = record.job
-    size = f"{num_parameters:,} numbers" if num_parameters else "one number a weight"
-    left = [
-        f"its update, every round: new weights minus global weights, {size}, scaled to an L2 norm of at most "
-        f"{job.aggregation.clip_norm:g}, in the clear",
-        "how many training cases and optimiser steps the update comes from, and the mean training loss",
-        "sums over its validation and test cases, and how many cases and patients they are from",
-    ]
-    stayed = [
-        "images, labels, file names, patient names",
-        "results of single cases, and the pictures of them",
-        "how large an update was before clipping",
-        "the state of the optimiser",
-    ]
-    if job.model.local_normalisation:
-        stayed.append("the normalisation layers (FedBN)")
-    protection = (
-        "Aggregation: plain FedAvg, clipped. Secure aggregation is not on in this version: the server sees "
-        "the update of every single site, and updates can give away something about the images they were "
-        "trained on. No noise is added, so there is no differential privacy guarantee. Clipping bounds how "
-        "far one site can move the model in a round, nothing more."
-    )
-    simulated = (
-        "This run was a simulation on one machine. The page was made there, from the server's record and "
-        "from the sites' own folders, so it shows single cases that would stay at a hospital: mind who "
-        "gets it."
-        if record.site_folders
-        else ""
-    )
-    return section(
-        "What left the sites",
-        tag(
-            "div",
-            tag("div", tag("h3", "Each site sent"), tag("ul", *(tag("li", item) for item in left))),
-            tag("div", tag("h3", "Each site kept"), tag("ul", *(tag("li", item) for item in stayed))),
-            class_="columns",
-        ),
-        tag("p", simulated, class_="note") if simulated else "",
-        intro=protection,
-    )
-
-
 def reproduce_section(record: RunRecord) -> Markup:
     """Return the commands that make the run, and this page, again; and the whole set-up to unfold."""
     job = record.job
@@ -290,6 +176,7 @@ def reproduce_section(record: RunRecord) -> Markup:
         (f"fedvision simulate {run}/job.toml --out again", "the same run"),
         (f"fedvision simulate --resume {run}", "go on after an interruption"),
         (f"fedvision report {run}", "this page"),
+        *([(f"fedvision verify {run}", "signatures and arithmetic")] if record.agreement else []),
         (f"fedvision compare {run}/job.toml", "against local and pooled training"),
     )
     width = max(len(command) for command, _ in lines)

@@ -43,7 +43,7 @@ LOW_ORDER = frozenset(
         "ee" + "ff" * 30 + "7f",
     )
 )
-"""The u-coordinates of points of low order on Curve25519 (RFC 7748, section 6.1), in all spellings."""
+"""The u-coordinates of low order on Curve25519 (RFC 7748, section 6.1), with the highest bit clear."""
 PURPOSES = ("train", "validate", "test")
 T = TypeVar("T")
 
@@ -275,7 +275,7 @@ def read_enrolments(consortium: Consortium, entries: Sequence[Signed]) -> dict[t
         if [item.peer for item in enrolment.keys] != peers:
             raise ProtocolError("pair-key", f"site number {entry.sender} has not one key for each peer")
         for item in enrolment.keys:
-            if item.key[:31] + bytes([item.key[31] & 0x7F]) in LOW_ORDER:
+            if item.key[31] & 0x80 or item.key in LOW_ORDER:  # the bit is ignored: a second spelling
                 raise ProtocolError("pair-key", f"site number {entry.sender} sent a key of low order")
             publics[entry.sender, item.peer] = item.key
     if len(set(publics.values())) != len(publics):

@@ -205,6 +205,8 @@ class SumRound:
         Raises:
             ProtocolError, MessageError: It is refused; the site is not in the cohort.
         """
+        if self.cohort:
+            raise ProtocolError("phase", f"{self.session}: a ready message after the cohort was fixed")
         upload = decode(data, ReadyUpload)
         ready = read_signed(self.consortium, upload.ready, Ready, site)
         if ready.session != self.session or ready.model != self.model:
@@ -245,7 +247,7 @@ class SumRound:
             ProtocolError, MessageError: It is refused; the site counts as dropped out.
             AttemptError: A complaint was made: this attempt is over, its evidence names who lied.
         """
-        if site not in self.cohort or site in self.views.masked:
+        if site not in self.cohort or site in self.views.masked or self.root or self.accepted:
             raise ProtocolError("phase", f"{self.session}: a masked input that was not asked for")
         signed = decode(data, Signed)
         if kind_of(signed.body) is Complaint:

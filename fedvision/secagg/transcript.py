@@ -105,6 +105,7 @@ def check_transcript(consortium: Consortium, transcript: Transcript, total: Mask
         masked = read_signed(consortium, entry, Masked)
         _require(masked.tau == tau, "session", f"{session}: a masked input is of another session or cohort")
         digests[entry.sender] = masked.digest
+    _require(set(digests) <= set(readies), "roster", f"{session}: a masked input from outside the cohort")
     accepted = read_signed(consortium, transcript.accepted, Accepted, SERVER)
     inside = {entry.site: entry.digest for entry in accepted.entries}
     known = all(digests.get(site) == digest for site, digest in inside.items())

@@ -203,9 +203,12 @@ def finding(table: list[dict[str, Any]], headline: str) -> str:
     local = [row for row in by_kind.get("local", []) if row["mean_other_sites"] is not None]
     if local:
         best = max(local, key=lambda row: row["mean_other_sites"])
-        seen = [cell["value"] for site, cell in federated["test"].items() if site != best["site"]]
+        cells = ((site, cell["value"]) for site, cell in federated["test"].items())
+        seen = [value for site, value in cells if site != best["site"] and value is not None]
+        text += f"; best local model ({best['site']}) {best['mean_other_sites']:.3f} on the other sites"
         text += (
-            f"; best local model ({best['site']}) {best['mean_other_sites']:.3f} on the other sites, "
-            f"federated {float(np.mean([v for v in seen if v is not None])):.3f} there"
+            f", federated {float(np.mean(seen)):.3f} there"
+            if seen
+            else "; no site released the federated one's"
         )
     return text

@@ -189,6 +189,7 @@ def final_test(federation: Federation, state: RunState) -> None:
     sites = [site for site in judges if federation.sizes[site].num_test > 0]
     if federation.secure and "test" not in job.secure_aggregation.release:
         federation.folder.save_test(hidden_test(federation, state, bool(sites)))
+        federation.secure.forget_sum("test", federation.secure.next_number("test"))
         return
     replies = ask_statistics(federation, state.round, state.weights, "test", sites, is_final=True)
 

@@ -86,6 +86,7 @@ def enrol(
         signed = schedule.sign(consortium, own, number, message)
         pairs = tuple(PairPublic(peer, key) for peer, key in secrets.items())
         found = EnrolmentFile(number, documents.roster, documents.charter, pairs, signed, EnrolmentRoll(()))
+    if not found.roll.entries:
         vault.save_enrolment(found)
     return encode(found.own)
 

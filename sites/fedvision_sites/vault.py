@@ -124,15 +124,15 @@ class Vault:
         Raises:
             ProtocolError: The site has marks of this job but no enrolment: the state folder was lost.
         """
-        if not (self._folder / "enrolment").exists():
-            if self._guard.exists():
-                raise ProtocolError(
-                    "lost-state",
-                    "this site took part in the job before, but its state folder is empty",
-                    "leave this job; a new one has a new charter",
-                )
-            write_atomic(self._guard, encode(Marks(0, 0, ())), PRIVATE)
+        if self._guard.exists() and not (self._folder / "enrolment").exists():
+            raise ProtocolError(
+                "lost-state",
+                "this site took part in the job before, but its state folder is empty",
+                "leave this job; a new one has a new charter",
+            )
         write_atomic(self._folder / "enrolment", encode(enrolment), PRIVATE)
+        if not (self._guard.exists() or enrolment.roll.entries):  # nothing can have been masked yet
+            write_atomic(self._guard, encode(Marks(0, 0, ())), PRIVATE)
 
     def marks(self) -> Marks:
         """Return the high-water marks.
@@ -149,7 +149,7 @@ class Vault:
                 "leave this job; a new one has a new charter",
             ) from None
         except (OSError, MessageError) as error:
-            raise StorageError(f"cannot read the high-water marks: {error}") from None
+            raise StorageError(f"cannot read the high-water marks {self._guard}: {error}") from None
 
     def session(self, marks: Marks) -> SiteSession:
         """Return the session under way.

@@ -1,12 +1,13 @@
 """Wall time of a whole `fedvision simulate` with and without secure aggregation.
 
-    python tests/benchmarks/secure_overhead.py --job tests/benchmarks/jobs/hippocampus.toml --data SITES --runs 5
+    python tests/benchmarks/secure_overhead.py --job JOB.toml --data SITES --runs 5
 
-SITES is a folder of imported sites, as `tests/benchmarks/real_data.py` leaves it below its --out. The runs
-of the levels are interleaved and each is the whole command, from start to exit; the table shows medians and
-their ratio to `off`. Because two such walls differ by more than what is measured on a busy machine, the
-time that hiding takes is also added up inside each run: from the last site that has its update to the sum,
-for every round (validation has sums of its own, in the walls only).
+JOB.toml is one of `tests/benchmarks/jobs`, SITES is a folder of imported sites, as
+`tests/benchmarks/real_data.py` leaves it below its --out. The runs of the levels are interleaved and each is
+the whole command, from start to exit; the table shows medians and their ratio to `off`. Because two such
+walls differ by more than what is measured on a busy machine, the time that hiding takes is also added up
+inside each run: from the last site that has its update to the sum, for every round (validation has sums of
+its own, in the walls only).
 """
 
 import argparse
@@ -85,7 +86,8 @@ def main() -> None:
         share = statistics.median(hiding / wall for wall, _, hiding in rows)
         print(
             f"{level:6s} wall median {statistics.median(walls):7.1f} s (min {min(walls):.1f}, "
-            f"max {max(walls):.1f}), ratio {statistics.median(walls) / base:.3f}, hiding {share:.2%} of the wall"
+            f"max {max(walls):.1f}), ratio {statistics.median(walls) / base:.3f}, "
+            f"hiding {share:.2%} of the wall"
         )
 
 

@@ -1,0 +1,1 @@
+"""Checks afterwards what a run claims, by somebody who was not there."""
