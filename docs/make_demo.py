@@ -114,7 +114,7 @@ def _training_sites(run: Path) -> list[str]:
 def data_table(demo: Path) -> str:
     """Return what ``fedvision data show`` prints for the segmentation data."""
     with tempfile.TemporaryDirectory() as folder:
-        root = (demo / "data" / "segmentation" / "segmentation").resolve()
+        root = (demo / "data" / "segmentation").resolve()
         command = [sys.executable, "-m", "fedvision", "data", "show", str(root), "--out", "heads.png"]
         printed = subprocess.run(  # noqa: S603, our own arguments
             command,
