@@ -473,7 +473,7 @@ def test_a_duplicate_key_in_another_spelling_is_refused() -> None:
     consort = gather(4)
     keys = keys_of(consort, 2)
     same = keys[1][:31] + bytes([keys[1][31] | 0x80])
-    assert rule_of(consort, enrolments_with(consort, 2, {**keys, 3: same})) == "duplicate-key"
+    assert rule_of(consort, enrolments_with(consort, 2, {**keys, 3: same})) == "pair-key"
 
 
 # --- sessions ---------------------------------------------------------------------------------------------
