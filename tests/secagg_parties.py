@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedvision.errors import MessageError, ProtocolError
-from fedvision.secagg import identity, schedule
+from fedvision.secagg import identity, schedule, site_sketch
 from fedvision.secagg import site as steps
+from fedvision.secagg.attempt import MaskedSum
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.dispute import Trial, open_pair, report
 from fedvision.secagg.messages import Enrolment, PairPublic, Purpose, Session, Signed
 from fedvision.secagg.roster import Charter, Member, Roster, scale_for, threshold_for
 from fedvision.secagg.schedule import Consortium
-from fedvision.secagg.server import MaskedSum, SumRound
+from fedvision.secagg.server import SumRound
 from fedvision.secagg.site_state import Marks, SiteSession
 
 MODEL = bytes(range(32))
@@ -43,11 +44,11 @@ class Party:
             self.marks, self.state, answer, found = steps.mask(*arguments, self.vector.copy())
             masked = masked if found is None else found
         elif name == "beacon":
-            self.marks, self.state, answer = steps.reveal_beacon(*arguments)
+            self.marks, self.state, answer = site_sketch.reveal_beacon(*arguments)
         elif name == "sketch":
-            self.marks, self.state, answer = steps.send_sketch(*arguments, self.vector)
+            self.marks, self.state, answer = site_sketch.send_sketch(*arguments, self.vector)
         elif name == "hold":
-            self.marks, self.state, answer = steps.hold(*arguments, self.vector)
+            self.marks, self.state, answer = site_sketch.hold(*arguments, self.vector)
         elif name == "accept":
             self.marks, self.state, answer = steps.acknowledge(*arguments)
         elif name == "unmask":

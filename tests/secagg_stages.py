@@ -8,9 +8,10 @@ import pytest
 
 from fedvision.errors import ProtocolError
 from fedvision.secagg import schedule
+from fedvision.secagg.attempt import Disputed, MaskedSum
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.messages import SERVER, AcceptedEntry, Exclusion, Signed
-from fedvision.secagg.server import Disputed, MaskedSum, SumRound
+from fedvision.secagg.server import SumRound
 from tests.secagg_parties import Consort, Lie, Party, ask, honest, try_liars
 
 LEVELS = ("sum", "sketch", "gram")

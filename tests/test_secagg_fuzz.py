@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from fedvision.errors import FedvisionError, MessageError, ProtocolError
 from fedvision.secagg import identity, schedule
+from fedvision.secagg.attempt import AttemptError, Disputed
 from fedvision.secagg.codec import AtMost, Fixed, Unsigned, decode, encode, kind_of
 from fedvision.secagg.dispute import Trial
 from fedvision.secagg.messages import AckUpload, ReadyUpload, Signed, SketchUpload
-from fedvision.secagg.server import AttemptError, Disputed, SumRound
+from fedvision.secagg.server import SumRound
 from tests.secagg_parties import Consort, Party, Vector, gather, true_sum
 from tests.secagg_stages import LEVELS, STEPS, bodies_of, play, taker
 

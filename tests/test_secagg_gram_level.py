@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fedvision.secagg import gram, holding
+from fedvision.secagg.attempt import AttemptError, Disputed
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.messages import Products, Report, SketchUpload, Unmask
-from fedvision.secagg.server import AttemptError, Disputed
 from fedvision.secagg.sketch import sketch
 from tests.secagg_parties import Consort, Vector, gather, resign, run, true_sum, try_liars
 
@@ -185,7 +185,7 @@ def test_a_site_that_sketches_another_input_is_named() -> None:
 
     def lie(site: int, step: str, answer: bytes, masked: Vector) -> Answer:
         if site == 6 and step == "beacon":
-            from fedvision.secagg.site import vector_digest
+            from fedvision.secagg.member import vector_digest
 
             party.vector[:40] = (party.vector[:40].astype(np.int32) // 2).astype(np.uint32)
             assert party.state is not None

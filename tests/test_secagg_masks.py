@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedvision.errors import MessageError, ProtocolError
 from fedvision.secagg import schedule
 from fedvision.secagg import site as steps
+from fedvision.secagg.attempt import AttemptError
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.messages import (
     Accepted,
@@ -26,7 +27,7 @@ from fedvision.secagg.messages import (
     Unmask,
 )
 from fedvision.secagg.roster import colluding_bound, threshold_for
-from fedvision.secagg.server import AttemptError, SumRound
+from fedvision.secagg.server import SumRound
 from fedvision.secagg.site_state import Marks, SiteSession
 from fedvision.secagg.sketch import BUCKETS, ROWS, TABLES, _signed_maps
 from tests.secagg_parties import Consort, Party, Vector, ask, gather, run

@@ -11,6 +11,7 @@ from fedvision.secagg import identity, schedule
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.documents import document_bytes
 from fedvision.secagg.masking import add_masks
+from fedvision.secagg.member import SiteMember
 from fedvision.secagg.messages import (
     Accepted,
     AcceptedEntry,
@@ -44,7 +45,7 @@ from fedvision.secagg.roster import (
 )
 from fedvision.secagg.schedule import Consortium
 from fedvision.secagg.server import SumRound
-from fedvision.secagg.site import SiteMember, begin
+from fedvision.secagg.site import begin
 from fedvision.secagg.site_state import Marks
 from fedvision_sites.secure import read_documents
 from tests.secagg_parties import MODEL, Consort, ask, gather, honest, true_sum

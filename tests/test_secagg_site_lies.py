@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from fedvision.errors import ProtocolError
 from fedvision.secagg import schedule, shamir
+from fedvision.secagg.attempt import AttemptError, MaskedSum
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.dispute import Trial
+from fedvision.secagg.member import box_leaf, input_bytes, seed_hash, vector_digest
 from fedvision.secagg.merkle import merkle_root
 from fedvision.secagg.messages import (
     AckUpload,
@@ -34,8 +36,7 @@ from fedvision.secagg.messages import (
     SketchUpload,
     Unmask,
 )
-from fedvision.secagg.server import AttemptError, MaskedSum, SumRound
-from fedvision.secagg.site import box_leaf, input_bytes, seed_hash, vector_digest
+from fedvision.secagg.server import SumRound
 from fedvision.secagg.site_state import pairs
 from fedvision.secagg.sketch import sketch, sketches_of_masks, squared_norm
 from tests.secagg_parties import Consort, Lie, Vector, gather, resign, true_sum, try_liars

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedvision.secagg.attempt import AttemptError
+from fedvision.secagg.member import vector_digest
 from fedvision.secagg.roster import threshold_for
-from fedvision.secagg.server import AttemptError
-from fedvision.secagg.site import vector_digest
 from tests.secagg_parties import Vector, gather, run, true_sum, try_liars
 
 STEPS = ("ready", "mask", "beacon", "sketch", "hold", "accept", "unmask")

@@ -13,10 +13,11 @@ import fedvision_sites.vault
 from fedvision.config import Job
 from fedvision.errors import FedvisionError, MessageError, ProtocolError, StorageError
 from fedvision.secagg import schedule
+from fedvision.secagg.attempt import AttemptError
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.messages import EnrolmentRoll, Session, Signed
 from fedvision.secagg.schedule import Consortium
-from fedvision.secagg.server import AttemptError, SumRound
+from fedvision.secagg.server import SumRound
 from fedvision.simulation.consortium import make_consortium, server_keys
 from fedvision.simulation.run import make_plan, site_configs, start_run, weight_cap
 from fedvision.storage import write_atomic

@@ -25,8 +25,10 @@ import numpy as np
 
 from fedvision.errors import ProtocolError
 from fedvision.secagg import holding, schedule
+from fedvision.secagg.attempt import MaskedSum
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.masking import MaskVector
+from fedvision.secagg.member import SiteMember, input_bytes
 from fedvision.secagg.messages import (
     SHARE_BYTES,
     SKETCH_BYTES,
@@ -40,8 +42,7 @@ from fedvision.secagg.messages import (
     Sketch,
 )
 from fedvision.secagg.schedule import read_server, read_signed
-from fedvision.secagg.server import MaskedSum, SumRound
-from fedvision.secagg.site import SiteMember, input_bytes
+from fedvision.secagg.server import SumRound
 from fedvision.secagg.site_state import HeldShare, Marks, SiteSession, mapping
 from fedvision.secagg.sketch import sketch, sketches_of_masks
 

@@ -15,104 +15,45 @@ What a site refuses, each with the name of its rule:
 The caller stores the new state and marks before the answer leaves (``fedvision_sites.vault``).
 """
 
-import functools
-import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
-import numpy as np
+from dataclasses import replace
 
 from fedvision.errors import MessageError, ProtocolError
 from fedvision.secagg import holding, schedule, shamir
 from fedvision.secagg.codec import encode
-from fedvision.secagg.identity import Identity
 from fedvision.secagg.masking import MaskVector, add_masks
+from fedvision.secagg.member import (
+    SiteMember,
+    box_leaf,
+    expect_phase,
+    move,
+    require_ascending,
+    require_enough,
+    require_session,
+    seed_hash,
+    vector_digest,
+)
 from fedvision.secagg.merkle import merkle_root, path_fits
 from fedvision.secagg.messages import (
-    SHARE_BYTES,
     Accepted,
     Ack,
     AckRoll,
     AckUpload,
-    Beacon,
-    BeaconRoll,
     Box,
     Cohort,
     Complaint,
-    Holding,
     Masked,
-    MaskedRoll,
     MaskKey,
     Offer,
-    Products,
     Ready,
     ReadyUpload,
     Reveal,
-    SealedShare,
     SeedShare,
     Session,
-    Signed,
-    Sketch,
-    SketchUpload,
     Unmask,
 )
-from fedvision.secagg.schedule import Consortium, read_server, read_signed, sign
-from fedvision.secagg.site_state import HeldShare, Marks, Phase, SiteSession, mapping, pairs
-from fedvision.secagg.sketch import sketch as sketch_of
-
-
-@dataclass(frozen=True)
-class SiteMember:
-    """One site in a job: its number, its keys, and everybody's public pair keys.
-
-    Attributes:
-        consortium: Roster and charter.
-        number: This site's.
-        identity: Its Ed25519 key.
-        secrets: X25519 secret key by peer.
-        publics: X25519 public keys by (owner, peer), as ``schedule.read_enrolments`` returns them.
-    """
-
-    consortium: Consortium
-    number: int
-    identity: Identity = field(repr=False)
-    secrets: Mapping[int, bytes] = field(repr=False)
-    publics: Mapping[tuple[int, int], bytes] = field(repr=False)
-
-    @functools.cached_property
-    def pair_keys(self) -> dict[int, bytes]:
-        """K_ij by peer."""
-        return {
-            peer: schedule.pair_key(
-                self.consortium, self.number, peer, secret, self.publics[peer, self.number]
-            )
-            for peer, secret in self.secrets.items()
-        }
-
-    def sign(self, message: object) -> Signed:
-        """Return a message signed by this site."""
-        return sign(self.consortium, self.identity, self.number, message)
-
-    def mask_keys(self, peers: Sequence[int], tau: bytes) -> tuple[list[bytes], list[int]]:
-        """Return the mask keys towards ``peers`` and their signs."""
-        keys = [schedule.mask_key(self.pair_keys[peer], tau) for peer in peers]
-        return keys, [schedule.pair_sign(self.number, peer) for peer in peers]
-
-
-def input_bytes(vector: MaskVector) -> bytes:
-    """Return a vector as it is hashed, stored and sent: little-endian uint32."""
-    return vector.astype("<u4", copy=False).tobytes()
-
-
-def vector_digest(vector: MaskVector) -> bytes:
-    """Return the SHA-256 of a vector's little-endian bytes."""
-    return hashlib.sha256(np.ascontiguousarray(vector, "<u4").data.cast("B")).digest()
-
-
-def seed_hash(seed: bytes) -> bytes:
-    """Return the commitment to a self-mask seed or a beacon number, which are uniform."""
-    return schedule.digest_of("seed", seed)
+from fedvision.secagg.schedule import read_server, read_signed
+from fedvision.secagg.site_state import Marks, Phase, SiteSession, mapping, pairs
 
 
 def begin(
@@ -170,35 +111,6 @@ def begin(
     return marks, state, encode(ReadyUpload(ready, tuple(boxes)))
 
 
-def box_leaf(box: Box) -> bytes:
-    """Return what a box is in the Merkle tree: receiver, hash of the share, ciphertext."""
-    return bytes([box.receiver]) + box.share_hash + box.sealed
-
-
-def _move(marks: Marks, state: SiteSession, phase: Phase, **changes: object) -> tuple[Marks, SiteSession]:
-    marks = marks.stepped()
-    return marks, replace(state, step=marks.step, phase=phase, **changes)  # type: ignore[arg-type]
-
-
-def _expect(state: SiteSession, *phases: Phase) -> None:
-    if state.phase not in phases:
-        raise ProtocolError("phase", f"{state.session}: a message out of order after {state.phase}")
-
-
-def _enough(member: SiteMember, count: int) -> None:
-    if count < member.consortium.quorum:
-        raise ProtocolError(
-            "smallest-cohort", f"{count} sites, but the charter needs {member.consortium.quorum}"
-        )
-
-
-def _ascending(senders: Sequence[int], allowed: Sequence[int], own: int) -> None:
-    if list(senders) != sorted(set(senders)) or not set(senders) <= set(allowed):
-        raise ProtocolError("roster", "a list of sites is not ascending, or names one from outside")
-    if own not in senders:
-        raise ProtocolError("own-entry", "this site is not in a list that it must be in")
-
-
 def mask(
     member: SiteMember,
     marks: Marks,
@@ -220,7 +132,7 @@ def mask(
         ProtocolError: See the module's rules.
         MessageError: The message is malformed.
     """
-    _expect(state, "ready")
+    expect_phase(state, "ready")
     cohort = read_server(member.consortium, cohort_bytes, Cohort)
     if cohort.session != state.session:
         raise ProtocolError("session", f"{state.session}: the cohort is of another session")
@@ -235,7 +147,7 @@ def mask(
                 member.pair_keys[dealer], state.session, readies[dealer], dealer, member.number, entry.box
             )
         except MessageError:
-            marks, state = _move(marks, state, "over")
+            marks, state = move(marks, state, "over")
             complaint = Complaint(state.session, dealer, member.secrets[dealer])
             return marks, state, encode(member.sign(complaint)), None
     ordered = [entry.ready for entry in cohort.entries]
@@ -244,7 +156,7 @@ def mask(
     keys, signs = member.mask_keys(peers, tau)
     add_masks(vector, [schedule.self_key(state.seed, tau), *keys], [1, *signs], threads)
     digest = vector_digest(vector)
-    marks, state = _move(
+    marks, state = move(
         marks,
         state,
         "masked",
@@ -260,8 +172,8 @@ def mask(
 def read_cohort(member: SiteMember, state: SiteSession, cohort: Cohort) -> dict[int, Ready]:
     """Return the cohort's ready messages by site after all checks of list, signatures and Merkle paths."""
     charter = member.consortium.charter
-    _ascending([entry.ready.sender for entry in cohort.entries], charter.sites, member.number)
-    _enough(member, len(cohort.entries))
+    require_ascending([entry.ready.sender for entry in cohort.entries], charter.sites, member.number)
+    require_enough(member, len(cohort.entries))
     index, count = charter.sites.index(member.number), len(charter.sites)
     readies = {}
     for entry in cohort.entries:
@@ -298,134 +210,6 @@ def open_box(pair: bytes, session: Session, ready: Ready, dealer: int, receiver:
     return share
 
 
-def reveal_beacon(
-    member: SiteMember, marks: Marks, state: SiteSession, roll_bytes: bytes
-) -> tuple[Marks, SiteSession, bytes]:
-    """Reveal the beacon number, once all inputs are committed; see ``begin`` for the rest."""
-    _expect(state, "masked")
-    if member.consortium.level(state.session.purpose) == "sum":
-        raise ProtocolError("phase", f"{state.session}: this sum has no sketch")
-    roll = read_server(member.consortium, roll_bytes, MaskedRoll)
-    _session(state, roll.tau)
-    numbers = [entry.sender for entry in roll.entries]
-    _ascending(numbers, list(mapping(state.cohort)), member.number)
-    _enough(member, len(numbers))
-    digests = {}
-    for entry in roll.entries:
-        masked = read_signed(member.consortium, entry, Masked)
-        _session(state, masked.tau)
-        digests[entry.sender] = masked.digest
-    if digests[member.number] != mapping(state.masked)[member.number]:
-        raise ProtocolError("own-entry", f"{state.session}: the site's own masked input was changed")
-    root = schedule.masked_root(digests)
-    marks, state = _move(marks, state, "beacon", masked=pairs(digests), root=root)
-    return marks, state, encode(member.sign(Beacon(state.tau, root, state.beacon)))
-
-
-def _session(state: SiteSession, tau: bytes) -> None:
-    if tau != state.tau:
-        raise ProtocolError("session", f"{state.session}: a message is of another session")
-
-
-def read_beacons(member: SiteMember, state: SiteSession, roll: BeaconRoll) -> dict[int, bytes]:
-    """Return the beacon numbers by site; each must be the one that the site committed to."""
-    numbers = [entry.sender for entry in roll.entries]
-    _ascending(numbers, list(mapping(state.masked)), member.number)
-    _enough(member, len(numbers))
-    found, committed = {}, mapping(state.cohort)
-    for entry in roll.entries:
-        beacon = read_signed(member.consortium, entry, Beacon)
-        _session(state, beacon.tau)
-        if beacon.root != state.root:
-            raise ProtocolError("beacon", f"{state.session}: sites saw different masked inputs")
-        if seed_hash(beacon.number) != committed[entry.sender]:
-            raise ProtocolError("beacon", f"{state.session}: a beacon number is not the committed one")
-        found[entry.sender] = beacon.number
-    return found
-
-
-def send_sketch(
-    member: SiteMember, marks: Marks, state: SiteSession, roll_bytes: bytes, vector: MaskVector
-) -> tuple[Marks, SiteSession, bytes]:
-    """Sketch the input with the map that all beacon numbers draw; see ``begin`` for the rest."""
-    _expect(state, "beacon")
-    roll = read_server(member.consortium, roll_bytes, BeaconRoll)
-    _session(state, roll.tau)
-    if vector_digest(vector) != state.input_digest:
-        raise ProtocolError("input", f"{state.session}: the stored input is not the one that was committed")
-    numbers = read_beacons(member, state, roll)
-    beta = schedule.make_beta(state.tau, state.root, numbers)
-    values = sketch_of(vector, beta)
-    members = {number: digest for number, digest in mapping(state.masked).items() if number in numbers}
-    seed, shares = b"", tuple[SealedShare, ...]()
-    if member.consortium.level(state.session.purpose) == "gram":
-        seed = os.urandom(32)
-        dealt = holding.deal_to_all(member.consortium, sorted(members), values, seed)
-        shares = tuple(_seal_share(member, state, receiver, text) for receiver, text in dealt.items())
-    clear = b"" if shares else input_bytes(values)
-    message = Sketch(state.tau, beta, clear, holding.commitment(seed), holding.shares_root(shares))
-    marks = marks.sketching(state.session)
-    state = replace(
-        state, step=marks.step, phase="sketched", beta=beta, masked=pairs(members), deal_seed=seed
-    )
-    return marks, state, encode(SketchUpload(member.sign(message), shares))
-
-
-def _seal_share(member: SiteMember, state: SiteSession, receiver: int, text: bytes) -> SealedShare:
-    """Return one holder's part of a dealing; the site's own part is not sent, only committed."""
-    sealed = b""
-    if receiver != member.number:
-        pair = member.pair_keys[receiver]
-        sealed = schedule.seal(pair, "sketch-share", state.tau, state.nonce, member.number, receiver, text)
-    return SealedShare(receiver, schedule.share_hash(member.number, receiver, text), sealed)
-
-
-def hold(
-    member: SiteMember, marks: Marks, state: SiteSession, holding_bytes: bytes, vector: MaskVector
-) -> tuple[Marks, SiteSession, bytes]:
-    """Multiply the shares that were dealt to this site; level ``gram`` (So et al. 2020, on sketches).
-
-    Returns:
-        New marks, new state, the signed ``Products``, or a ``Complaint`` about a dealer.
-    """
-    _expect(state, "sketched")
-    if member.consortium.level(state.session.purpose) != "gram":
-        raise ProtocolError("phase", f"{state.session}: this sum has no shares of sketches")
-    message = read_server(member.consortium, holding_bytes, Holding)
-    _session(state, message.tau)
-    points = sorted(mapping(state.masked))
-    dealers = [entry.sketch.sender for entry in message.entries]
-    _ascending(dealers, points, member.number)
-    _enough(member, len(dealers))
-    own = holding.deal_to_all(member.consortium, points, sketch_of(vector, state.beta), state.deal_seed)
-    texts = {member.number: own[member.number]}
-    for entry in message.entries:
-        dealer = entry.sketch.sender
-        sketch = read_signed(member.consortium, entry.sketch, Sketch)
-        _session(state, sketch.tau)
-        index, count = points.index(member.number), len(points)
-        fits = path_fits(sketch.shares_root, holding.share_leaf(entry.share), index, count, entry.path)
-        if sketch.beta != state.beta or entry.share.receiver != member.number or not fits:
-            raise ProtocolError("box", f"{state.session}: a share is not the one that its dealer signed")
-        if dealer == member.number:
-            continue
-        nonce = mapping(state.nonces)[dealer]
-        try:
-            pair = member.pair_keys[dealer]
-            texts[dealer] = holding.open_share(
-                member.consortium, pair, state.tau, nonce, dealer, entry.share, len(points)
-            )
-        except MessageError:
-            marks, state = _move(marks, state, "over")
-            complaint = Complaint(state.session, dealer, member.secrets[dealer])
-            return marks, state, encode(member.sign(complaint))
-    products, zeros = holding.multiply(member.consortium, texts, message.challenge)
-    basis = holding.basis(message.challenge, [entry.sketch for entry in message.entries])
-    held = tuple(HeldShare(dealer, texts[dealer][:SHARE_BYTES]) for dealer in dealers)
-    marks, state = _move(marks, state, "held", held=held)
-    return marks, state, encode(member.sign(Products(state.tau, basis, bytes(dealers), products, zeros)))
-
-
 def acknowledge(
     member: SiteMember, marks: Marks, state: SiteSession, accepted_bytes: bytes
 ) -> tuple[Marks, SiteSession, bytes]:
@@ -437,9 +221,9 @@ def acknowledge(
     level = member.consortium.level(state.session.purpose)
     last: dict[str, Phase] = {"sum": "masked", "sketch": "sketched", "gram": "held"}
     again: tuple[Phase, ...] = ("acked",) if level == "sketch" else ()
-    _expect(state, last[level], *again)
+    expect_phase(state, last[level], *again)
     accepted = read_server(member.consortium, accepted_bytes, Accepted)
-    _session(state, accepted.tau)
+    require_session(state, accepted.tau)
     cohort, known = set(mapping(state.cohort)), mapping(state.masked)
     digests = {entry.site: entry.digest for entry in accepted.entries}
     inside, outside = set(digests), {item.site for item in accepted.excluded}
@@ -458,12 +242,12 @@ def acknowledge(
         raise ProtocolError(
             "accepted-set", f"{state.session}: a second accepted set must be strictly smaller"
         )
-    _enough(member, len(inside))
+    require_enough(member, len(inside))
     root = schedule.accepted_root(accepted.entries)
     peers = sorted(outside)
     keys, _ = member.mask_keys(peers, state.tau)
     reveal = Reveal(state.tau, tuple(map(MaskKey, peers, keys)))
-    marks, state = _move(marks, state, "acked", accepted=pairs(digests), root=root)
+    marks, state = move(marks, state, "acked", accepted=pairs(digests), root=root)
     upload = AckUpload(member.sign(Ack(state.tau, root)), member.sign(reveal))
     return marks, state, encode(upload)
 
@@ -473,9 +257,9 @@ def unmask(
 ) -> tuple[Marks, SiteSession, bytes]:
     """Reveal the shares of the accepted sites' seeds, once, on enough signatures (Bonawitz et al. 2017,
     fig. 4, rounds 3 and 4)."""
-    _expect(state, "acked")
+    expect_phase(state, "acked")
     roll = read_server(member.consortium, roll_bytes, AckRoll)
-    _session(state, roll.tau)
+    require_session(state, roll.tau)
     inside = mapping(state.accepted)
     senders = [entry.sender for entry in roll.entries]
     if list(senders) != sorted(set(senders)) or not set(senders) <= set(inside):

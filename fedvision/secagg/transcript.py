@@ -13,7 +13,9 @@ import numpy as np
 
 from fedvision.errors import ProtocolError
 from fedvision.secagg import schedule
+from fedvision.secagg.attempt import MaskedSum
 from fedvision.secagg.masking import MaskVector
+from fedvision.secagg.member import seed_hash, vector_digest
 from fedvision.secagg.messages import (
     SERVER,
     Accepted,
@@ -28,8 +30,7 @@ from fedvision.secagg.messages import (
     Transcript,
 )
 from fedvision.secagg.schedule import Consortium, read_signed
-from fedvision.secagg.server import MaskedSum, SumRound
-from fedvision.secagg.site import seed_hash, vector_digest
+from fedvision.secagg.server import SumRound
 from fedvision.secagg.sketch import sketch
 
 

@@ -28,13 +28,14 @@ import numpy as np
 
 from fedvision.errors import MessageError, ProtocolError, RoundError, StorageError
 from fedvision.secagg import schedule
+from fedvision.secagg.attempt import AttemptError, Disputed, MaskedSum
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.dispute import Trial
 from fedvision.secagg.identity import Identity
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.messages import Documents, EnrolmentRoll, Evidence, Purpose, Session, Signed, Transcript
 from fedvision.secagg.schedule import Consortium
-from fedvision.secagg.server import AttemptError, Disputed, MaskedSum, SumRound
+from fedvision.secagg.server import SumRound
 from fedvision.secagg.transcript import check_transcript, make_transcript
 from fedvision.storage import read_json, write_atomic, write_json
 from fedvision.wire.messages import HelloReply, Refusal, Request, SecureReply, SecureRequest, Step, as_vector

@@ -15,14 +15,14 @@ import numpy as np
 
 from fedvision.config import Job
 from fedvision.errors import ProtocolError
-from fedvision.secagg import dispute, identity, schedule
+from fedvision.secagg import dispute, identity, schedule, site_sketch
 from fedvision.secagg import site as protocol
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.masking import MaskVector
+from fedvision.secagg.member import SiteMember
 from fedvision.secagg.messages import Documents, Enrolment, EnrolmentRoll, Offer, PairPublic, Session
 from fedvision.secagg.roster import level_for, parse_signed
 from fedvision.secagg.schedule import Consortium, read_server
-from fedvision.secagg.site import SiteMember
 from fedvision.updates.layout import Layout
 from fedvision.wire.messages import SecureReply, SecureRequest, as_vector
 from fedvision_sites.vault import EnrolmentFile, Vault, pin_job
@@ -227,11 +227,11 @@ class SecureSite:
             )
             masked = NOTHING if vector is None else vector
         elif step == "beacon":
-            marks, state, answer = protocol.reveal_beacon(member, marks, state, body)
+            marks, state, answer = site_sketch.reveal_beacon(member, marks, state, body)
         elif step == "sketch":
-            marks, state, answer = protocol.send_sketch(member, marks, state, body, self._input(state))
+            marks, state, answer = site_sketch.send_sketch(member, marks, state, body, self._input(state))
         elif step == "hold":
-            marks, state, answer = protocol.hold(member, marks, state, body, self._input(state))
+            marks, state, answer = site_sketch.hold(member, marks, state, body, self._input(state))
         elif step == "accept":
             marks, state, answer = protocol.acknowledge(member, marks, state, body)
         elif step == "unmask":

@@ -14,9 +14,9 @@ from fedvision.config import Job
 from fedvision.errors import ConfigError, RoundError
 from fedvision.secagg import identity, schedule
 from fedvision.secagg.codec import decode, encode
+from fedvision.secagg.member import box_leaf
 from fedvision.secagg.merkle import merkle_root
 from fedvision.secagg.messages import Evidence, Ready, ReadyUpload, Signed, Sketch, SketchUpload
-from fedvision.secagg.site import box_leaf
 from fedvision.simulation.consortium import governance_key, load_consortium, make_consortium, server_keys
 from fedvision.simulation.one_process import LocalLink
 from fedvision.simulation.run import make_plan, site_configs, start_run, weight_cap

@@ -21,11 +21,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedvision.secagg import identity, schedule
 from fedvision.secagg.codec import encode
+from fedvision.secagg.member import SiteMember
 from fedvision.secagg.messages import Enrolment, PairPublic, Session
 from fedvision.secagg.roster import Charter, Member, Roster, scale_for, threshold_for
 from fedvision.secagg.schedule import Consortium
 from fedvision.secagg.server import SumRound
-from fedvision.secagg.site import SiteMember
 from fedvision.secagg.transcript import make_transcript
 from tests.secagg_parties import MODEL, Consort, MemoryStore, Party, ask, honest
 from tests.secagg_stages import STEPS, bodies_of, taker

@@ -1,0 +1,93 @@
+"""What an attempt at a masked sum holds, at the server, and how it may end."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedvision.errors import RoundError
+from fedvision.secagg.masking import MaskVector, add_masks
+from fedvision.secagg.messages import (
+    Box,
+    Evidence,
+    SealedShare,
+    Signed,
+)
+
+
+class Store(Protocol):
+    """Keeps masked inputs by site until the end of a round, outside of memory."""
+
+    def put(self, site: int, vector: MaskVector) -> None:
+        """Keep a vector."""
+        ...
+
+    def get(self, site: int) -> MaskVector:
+        """Return it, read-only."""
+        ...
+
+
+class AttemptError(RoundError):
+    """An attempt cannot be finished; another one, with fresh masks, may be.
+
+    Args:
+        message: What is missing.
+        evidence: What was proven against sites; they are left out from now on.
+        absent: Sites that did not do their part, with nothing proven.
+    """
+
+    def __init__(self, message: str, evidence: Sequence[Evidence] = (), absent: Collection[int] = ()) -> None:
+        super().__init__(message)
+        self.evidence = tuple(evidence)
+        self.absent = frozenset(absent)
+
+
+class Disputed(RoundError):
+    """Shares of sketches contradict each other before anything was unmasked: somebody lied."""
+
+
+@dataclass
+class Views:
+    """What the sites of an attempt sent, by site, after its checks."""
+
+    ready: dict[int, Signed] = field(default_factory=dict)
+    boxes: dict[int, dict[int, Box]] = field(default_factory=dict)
+    masked: dict[int, Signed] = field(default_factory=dict)
+    digests: dict[int, bytes] = field(default_factory=dict)
+    beacons: dict[int, Signed] = field(default_factory=dict)
+    numbers: dict[int, bytes] = field(default_factory=dict)
+    sketches: dict[int, Signed] = field(default_factory=dict)
+    values: dict[int, MaskVector] = field(default_factory=dict, repr=False)
+    sealed: dict[int, dict[int, SealedShare]] = field(default_factory=dict, repr=False)
+    products: dict[int, Signed] = field(default_factory=dict, repr=False)
+    product_shares: dict[int, bytes] = field(default_factory=dict, repr=False)
+    zero_shares: dict[int, bytes] = field(default_factory=dict, repr=False)
+    acks: dict[int, Signed] = field(default_factory=dict)
+    keys: dict[int, dict[int, bytes]] = field(default_factory=dict, repr=False)
+    shares: dict[int, dict[int, bytes]] = field(default_factory=dict, repr=False)
+    sum_shares: dict[int, bytes] = field(default_factory=dict, repr=False)
+    unmasks: dict[int, Signed] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class MaskedSum:
+    """The outcome of an attempt.
+
+    Attributes:
+        total: Sum of the accepted inputs mod 2**32, uint32.
+        fits: Whether it is the sum of the sketches; True at level ``sum``, which has none.
+        seeds: Self-mask seeds of the accepted sites: public now, needed for a dispute.
+    """
+
+    total: MaskVector = field(repr=False)
+    fits: bool
+    seeds: Mapping[int, bytes] = field(repr=False)
+
+
+def remove_masks(total: MaskVector, keys: Sequence[bytes], signs: Sequence[int], threads: int) -> None:
+    """Add signed masks in place; keys that liars made equal are taken one after the other."""
+    left = list(zip(keys, signs, strict=True))
+    while left:
+        batch = dict(reversed(left))  # the first of each key
+        add_masks(total, list(batch), list(batch.values()), threads)
+        seen: set[bytes] = set()
+        left = [item for item in left if item[0] in seen or seen.add(item[0])]  # type: ignore[func-returns-value]
