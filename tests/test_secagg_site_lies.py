@@ -386,18 +386,32 @@ def test_a_row_that_is_mended_with_an_honest_sites_pair_is_found_by_opening_the_
 
 
 @pytest.mark.parametrize("peer", [1, 6])
-def test_a_false_key_is_no_opening(peer: int) -> None:
+@pytest.mark.parametrize("changes", [{"secret": bytes(range(32))}, {"peer": 2}, {"tau": bytes(32)}])
+def test_a_false_opening_frames_nobody(peer: int, changes: dict[str, Any]) -> None:
     consort = gather(NUM_SITES, "sketch")
     tell = Liars(consort)
-    before = {LIAR: {"mask": tell.shifted_input(small_shift(consort))}}
-
-    def after(consort: Consort, attempt: SumRound) -> Mapping[int, Mapping[str, LieAt]]:
-        change = fix_row(consort, attempt, LIAR, peer, attempt.views.values[LIAR])
-        tell = Liars(consort)
-        false = tell.message(Opening, lambda found: {"secret": bytes(range(32))})
-        return {LIAR: {"dispute": tell.report(pair_change(peer, change)), "open": false}}
-
-    assert dispute_with(before, after, consort) == {LIAR: "pair"}
+    attempt = consort.attempt()
+    play(consort, attempt, lie=lying({LIAR: {"mask": tell.shifted_input(small_shift(consort))}}))
+    trial = Trial(attempt, attempt.finish())
+    mend = tell.report(pair_change(peer, fix_row(consort, attempt, LIAR, peer, attempt.views.values[LIAR])))
+    for site in trial.sites:
+        answer, masked = consort.parties[site].step("dispute", trial.request())
+        sent = mend(site, answer, masked) if site == LIAR else (answer, masked)
+        assert sent is not None
+        trial.add_report(site, sent[0])
+    assert trial.disputed_pairs() == [(min(LIAR, peer), max(LIAR, peer))]
+    member = consort.parties[LIAR].member
+    true = Opening(attempt.tau, peer, member.secrets[peer])
+    with pytest.raises(ProtocolError) as caught:
+        trial.add_opening(LIAR, peer, encode(member.sign(dataclasses.replace(true, **changes))))
+    assert caught.value.rule in ("pair-key", "session")
+    opened, _ = consort.parties[peer].step("open", trial.open_request(peer, LIAR))
+    with pytest.raises(ProtocolError):
+        trial.add_opening(LIAR, peer, opened)  # what another site opened
+    trial.add_opening(peer, LIAR, opened)
+    assert {item.site: item.rule for item in trial.verdict()} == {LIAR: "pair"}
+    trial.add_opening(LIAR, peer, encode(member.sign(true)))
+    assert {item.site: item.rule for item in trial.verdict()} == {LIAR: "pair"}
 
 
 def test_two_liars_who_contradict_each_other_and_open_nothing_are_both_out() -> None:

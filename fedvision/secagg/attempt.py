@@ -87,7 +87,12 @@ def remove_masks(total: MaskVector, keys: Sequence[bytes], signs: Sequence[int],
     """Add signed masks in place; keys that liars made equal are taken one after the other."""
     left = list(zip(keys, signs, strict=True))
     while left:
-        batch = dict(reversed(left))  # the first of each key
+        batch: dict[bytes, int] = {}
+        again = []
+        for key, sign in left:
+            if key in batch:
+                again.append((key, sign))
+            else:
+                batch[key] = sign
         add_masks(total, list(batch), list(batch.values()), threads)
-        seen: set[bytes] = set()
-        left = [item for item in left if item[0] in seen or seen.add(item[0])]  # type: ignore[func-returns-value]
+        left = again
