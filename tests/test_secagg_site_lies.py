@@ -26,6 +26,7 @@ from fedvision.secagg.messages import (
     MaskKey,
     Opening,
     PairSketch,
+    Products,
     Ready,
     ReadyUpload,
     Report,
@@ -724,6 +725,19 @@ def test_a_beacon_number_that_is_late_or_false_leaves_its_site_out(level: str, h
     with pytest.raises(ProtocolError) as caught:
         attempt.add_sketch(LIAR, b"")
     assert caught.value.rule == "phase"
+
+
+def test_products_of_other_dealings_are_no_products() -> None:
+    consort = gather(NUM_SITES, "gram")
+    lie = Liars(consort).message(Products, lambda found: {"basis": bytes(32)})
+    refused: list[tuple[int, str, str]] = []
+    attempt = consort.attempt()
+    play(consort, attempt, lie=lying({LIAR: {"hold": lie}}), refused=refused)
+    assert refused == [(LIAR, "hold", "server: session")]
+    outcome = attempt.finish()
+    assert outcome.fits
+    assert attempt.evidence == []
+    assert np.array_equal(outcome.total, true_sum(consort, attempt.inside))
 
 
 # --- whatever liars do ------------------------------------------------------------------------------------
