@@ -10,7 +10,7 @@ import pytest
 
 from fedvision.config import parse_job
 from fedvision.errors import DataError
-from fedvision.secagg import site as protocol
+from fedvision.secagg import site_sketch as protocol
 from fedvision.secagg.member import vector_digest
 from fedvision.simulation.run import make_plan, run_federation, start_run
 from fedvision_sites import work
