@@ -170,7 +170,8 @@ class SecureAggregationSection(Section):
         "auto",
         description="sum: the server learns the sum alone; sketch: each site also opens a random sketch "
         "of its update, so that the clip norm is checked and a liar found; gram: only inner products of "
-        "the sketches are opened; auto: sum below 5 sites, sketch below 10, gram from 10",
+        "the sketches are opened; auto: sum below 5 sites, sketch below 10, gram from 10, but sum for "
+        "models below 10,000 weights, where the others are refused",
     )
     smallest_cohort: Annotated[int, Field(ge=3, le=255)] = Field(
         5,

@@ -72,6 +72,11 @@ def tiny_content(root: Path, **changes: Any) -> dict[str, Any]:
             content.setdefault(section, {})[name] = value
         else:
             content[section] = value
+    if (
+        content.get("secure_aggregation", {}).get("level") in ("sketch", "gram")
+        and "model__args" not in changes
+    ):
+        content["model"]["args"] = {"channels": [20, 48], "strides": [2], "num_res_units": 0}
     return content
 
 

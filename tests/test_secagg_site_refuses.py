@@ -266,6 +266,20 @@ def test_a_charter_that_differs_from_the_job_is_refused_by_field(
     assert caught.value.rule == rule
 
 
+def test_a_site_never_sketches_a_small_model(hospital: Hospital, tiny) -> None:
+    consortium = server_keys(hospital.folder).consortium
+    job = tiny.changed(
+        aggregation__secure=True,
+        secure_aggregation__level="sketch",
+        secure_aggregation__smallest_cohort=3,
+        model__args=hospital.job.model.args,
+    )
+    charter = Charter.model_construct(**{**dict(consortium.charter), "job": job.digest(), "level": "sketch"})
+    with pytest.raises(ProtocolError) as caught:
+        check_charter(Consortium(consortium.roster, charter), job, layout_of(initial_network(job)))
+    assert caught.value.rule == "charter-level"
+
+
 def test_a_site_whose_key_the_roster_does_not_have_does_not_enrol(hospital: Hospital, tmp_path: Path) -> None:
     identity.save(identity.generate("a"), tmp_path / "other" / "identity.pem")
     config = dataclasses.replace(hospital.secure, identity=tmp_path / "other" / "identity.pem")

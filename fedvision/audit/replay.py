@@ -111,7 +111,7 @@ def _decoded(consortium: Consortium, found: SignedSum, weights: FloatVector) -> 
     """Return what a training sum says, which must be made from ``weights``."""
     _of_model(found, weights)
     try:
-        return consortium.encoding.decode(found.total())
+        return consortium.encoding.decode(found.total(), found.num_checked)
     except MessageError as error:
         raise VerificationError(found.sum_path, "encoding", str(error)) from None
 

@@ -50,6 +50,11 @@ class SignedSum:
     path: Path
     sum_path: Path | None
 
+    @property
+    def num_checked(self) -> int | None:
+        """Number of sites in the sum where the norm of each input was checked, None where it was not."""
+        return None if self.checked.level == "sum" else len(self.checked.accepted)
+
     def total(self) -> MaskVector:
         """Return the sum, uint32.
 

@@ -120,8 +120,8 @@ class Progress:
             self._num_tested += 1
         elif kind in ("secure", "attempt", "expelled", "thrown away"):
             return self._take_incident(event)
-        elif kind == "note":
-            self._note = str(event["text"])
+        elif kind in ("note", "weight"):
+            self._note = str(event.get("text") or event.get("reason", ""))
         return ""
 
     def _note_sum(self, all_ready: bool) -> None:

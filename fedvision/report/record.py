@@ -52,8 +52,8 @@ class RunRecord:
         site_folders: The sites' own folders by site.
         agreement: Charter and names of a run with secure aggregation; None for one in the clear.
         sums: Its finished sums by purpose and round.
-        incidents: Its events "secure", "attempt", "expelled" and "thrown away" by round, ``TEST`` for those
-            of the final test.
+        incidents: Its events "secure", "attempt", "expelled", "weight" and "thrown away" by round, ``TEST``
+            for those of the final test.
     """
 
     folder: Path
@@ -243,7 +243,7 @@ def read_run(folder: Path) -> RunRecord:
         name = str(record.get("event"))
         if name in ("validate", "test") and record.get("status") == "refused":
             name = "evaluate failed"
-        if name in ("secure", "attempt", "expelled", "thrown away"):
+        if name in ("secure", "attempt", "expelled", "weight", "thrown away"):
             number = TEST if is_of_test(record) else int(record["round"])
             incidents.setdefault(number, []).append(record)
         elif name in events:

@@ -132,7 +132,7 @@ def _secure_absences(record: RunRecord, number: int) -> list[Markup]:
             words.append(
                 joined([tag("b", str(one["site"])), f" expelled: {RULES.get(str(one['rule']), one['rule'])}"])
             )
-        elif one["event"] == "thrown away":
+        elif one["event"] in ("thrown away", "weight"):
             words.append(joined([str(one.get("reason", ""))]))
     since = {site: before for site, (before, _) in record.expelled().items()}
     out = [site for site, before in sorted(since.items()) if before < number]

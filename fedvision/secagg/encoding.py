@@ -42,11 +42,13 @@ class DecodedSum:
         mean_update: Shape (d,), float64: ``sum(w * update) / sum(w)``.
         metrics: Means of the metrics, weighted by w.
         total_weight: ``sum(w)``, in sites: n where every site has the largest weight.
+        is_weight_moved: Whether the sum held another weight, which its sites can't have.
     """
 
     mean_update: NDArray[np.float64]
     metrics: tuple[float, ...]
     total_weight: float
+    is_weight_moved: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,18 +163,21 @@ class Encoding:
         encoded[-1] = steps * self._step_units
         return encoded.view(np.uint32)
 
-    def decode(self, total: MaskVector) -> DecodedSum:
+    def decode(self, total: MaskVector, num_checked: int | None = None) -> DecodedSum:
         """Return the weighted means that the sum of the sites' encoded vectors holds.
 
         Args:
             total: Shape (length,), the sum modulo 2**32.
+            num_checked: Number of sites in the sum, where the norm of each was checked: a lie about a weight
+                is within the norm bound then, and a total that these sites can't have is moved to the nearest
+                one that they can. None where nothing was checked: such a total is refused.
 
         Guarantee: the mean update has an L2 norm of at most ``clip_norm``, as every mean of compliant updates
         has; a longer one, which only a lie about a weight can make, is scaled down.
 
         Raises:
-            MessageError: The weights add up to 0 or to more than the sites can have: not a sum of
-                compliant vectors.
+            MessageError: A wrong shape; or unchecked weights that add up to 0 or to more than the sites can
+                have: not a sum of compliant vectors.
         """
         if total.shape != (self.length,) or total.dtype != np.uint32:
             raise MessageError(f"a sum must be uint32 of shape ({self.length},)")
@@ -180,9 +185,13 @@ class Encoding:
         noise = 8 * self.noise_multiplier * self.scale
         per_site = self._step_units * self._steps
         weight = int(values[-1])
-        if not 0 < weight <= self.num_sites * per_site + noise:
+        least, most = 1.0, self.num_sites * per_site + noise
+        if num_checked is not None:
+            least, most = num_checked * self._step_units, num_checked * per_site
+        is_moved = not least <= weight <= most
+        if is_moved and num_checked is None:
             raise MessageError("the weights of a sum are not those of the enrolled sites")
-        total_weight = weight / per_site
+        total_weight = min(max(weight, least), most) / per_site
         slack = self.num_sites + noise
         largest = total_weight * self.scale / _TAIL_PART
         tail = values[self.size : -1].astype(np.float64)
@@ -197,6 +206,7 @@ class Encoding:
             mean_update=mean,
             metrics=tuple(float(s) * cap for s, cap in zip(shares, self.metric_caps, strict=True)),
             total_weight=total_weight,
+            is_weight_moved=is_moved,
         )
 
 

@@ -34,6 +34,8 @@ MAX_SITES = 255
 MIN_SITES = 3
 NORM_SLACK = 1.16
 SMALLEST_COHORT = 5
+SMALLEST_SKETCHED = 10_000
+"""Weights. Of fewer, some are alone in a bucket of a sketch of the update, and so known exactly."""
 SUM_BITS = 30
 
 
@@ -70,8 +72,23 @@ def colluding_bound(num_sites: int) -> int:
     return -(-num_sites // 3) - 1
 
 
-def level_for(setting: Level | Literal["auto"], num_sites: int) -> Level:
-    """Return a job's level: its setting, or for ``auto`` sum below 5 sites, sketch below 10, then gram."""
+def level_for(setting: Level | Literal["auto"], num_sites: int, size: int) -> Level:
+    """Return a job's level: its setting, or for ``auto`` sum below 5 sites, sketch below 10, then gram.
+
+    Small models get sum: of ``size`` weights about ``4 size exp(-size / 512)`` stand alone in a bucket of a
+    sketch, and are known exactly.
+
+    Raises:
+        ConfigError: A sketch is wanted of fewer than ``SMALLEST_SKETCHED`` weights.
+    """
+    if size < SMALLEST_SKETCHED:
+        if setting in ("sketch", "gram"):
+            raise ConfigError(
+                f'level "{setting}" needs a model of {SMALLEST_SKETCHED} weights or more, this one has '
+                f"{size}: the sketch of a small update tells single weights of it",
+                'write secure_aggregation.level = "sum", or take a larger network',
+            )
+        return "sum"
     if setting != "auto":
         return setting
     return "sum" if num_sites < 5 else "sketch" if num_sites < 10 else "gram"

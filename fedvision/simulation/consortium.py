@@ -44,7 +44,7 @@ LOSS_CAP = 16.0
 
 
 def check_size(job: Job, num_sites: int) -> None:
-    """Check that a job with secure aggregation has enough sites, and not too many.
+    """Check that a job with secure aggregation has enough sites, not too many, and a model of a fitting size.
 
     Raises:
         ConfigError: See above.
@@ -76,6 +76,9 @@ def check_size(job: Job, num_sites: int) -> None:
             "data.held_out sites report one by one, which secure_aggregation.release does not allow",
             'write release = ["test"], or leave them out',
         )
+    if job.secure_aggregation.level in ("sketch", "gram"):
+        network = initial_network(job)
+        level_for(job.secure_aggregation.level, num_sites, layout_of(network, local_names(network, job)).size)
 
 
 def make_consortium(plan: "Plan", weight_cap: int, folder: Path) -> None:
@@ -119,7 +122,7 @@ def make_consortium(plan: "Plan", weight_cap: int, folder: Path) -> None:
         smallest_cohort_waiver=job.secure_aggregation.smallest_cohort < 5,
         rounds=job.rounds,
         max_attempts=MAX_ATTEMPTS,
-        level=level_for(job.secure_aggregation.level, len(sites)),
+        level=level_for(job.secure_aggregation.level, len(sites), layout.size),
         clip_norm=job.aggregation.clip_norm,
         scale=scale_for(len(sites)),
         weight_cap=weight_cap if job.aggregation.weighting == "samples" else 1,

@@ -160,9 +160,11 @@ def secure_update(federation: Federation, state: RunState) -> Gathered:
     found = secure.add_up("train", number, model, federation.cohort.train, encoding.length, request, on_ready)
     require_sites(federation, number, len(found.sites))
     try:
-        decoded = encoding.decode(found.total)
+        decoded = encoding.decode(found.total, None if found.level == "sum" else len(found.sites))
     except MessageError as error:
         secure.lose(f"round {number}: a site lied about its weight: {error}", is_explained=False)
+    if decoded.is_weight_moved:
+        federation.tell({"event": "weight", "round": number, "reason": "a site lied about its weight"})
     secure.count_as_done()
     return Gathered(decoded.mean_update, len(found.sites), found.level, decoded.metrics[0], found.seconds)
 

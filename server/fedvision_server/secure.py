@@ -7,11 +7,15 @@
     secagg/disputes/0003                               that the sum of a round was disputed
     secagg/evidence/train-0003-1-site-4                a proven lie
     secagg/expelled.json                               sites that are out, and why
+    secagg/paused.json                                 sites that vanished in a lost round: out up to a round
 
 Rules:
 - An attempt is on disk before its offer leaves; a server that was killed begins another, with fresh masks.
 - A site whose lie is proven is out for the rest of the job, and the attempt is done again without it. Where
   the inputs were sketched or unmasked already, they are spent, and the whole round is thrown away.
+- A site that vanished in round r, which was lost for that, is not asked to train up to round 2r, as long as
+  enough others are left. So an unlucky site comes back, and one that does it on purpose costs log2(R) of R
+  rounds.
 - A sum that was finished is not asked for again; one that was not, when the server was killed, is lost if
   its inputs were spent.
 """
@@ -19,7 +23,7 @@ Rules:
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -127,6 +131,8 @@ class SecureServer:
         self.numbers = {name: number for number, name in self.names.items()}
         expelled = self._folder / "expelled.json"
         self.expelled: dict[str, str] = read_json(expelled) if expelled.exists() else {}
+        paused = self._folder / "paused.json"
+        self._paused: dict[str, int] = read_json(paused) if paused.exists() else {}
         self._lost_rounds = 0
         self._publics = self._enrol(federation.sizes)
 
@@ -217,7 +223,8 @@ class SecureServer:
         kept = self._kept(purpose, number, length)
         if kept is not None:
             return kept
-        last, unexplained, absent = "", 0, set[str]()
+        last, unexplained = "", 0
+        absent = {site for site, until in self._paused.items() if purpose == "train" and number <= until}
         for session in self._attempts(purpose, number):
             left = [site for site in sites if site not in self.expelled]
             present = [site for site in left if site not in absent]
@@ -310,8 +317,15 @@ class SecureServer:
         except AttemptError as error:
             self._expel(session, error.evidence)
             if self._begun()[session.purpose][2]:
-                self.lose(str(error), bool(error.evidence))
+                is_paused = session.purpose == "train" and self._pause(error.absent, session.round)
+                self.lose(str(error), bool(error.evidence) or is_paused)
             raise
+
+    def _pause(self, absent: Collection[int], number: int) -> bool:
+        """Leave sites out of training for as many rounds as there were; return whether there are any."""
+        self._paused |= {self.names[site]: 2 * number for site in absent}
+        write_json(self._folder / "paused.json", self._paused)
+        return bool(absent)
 
     def _steps(
         self,

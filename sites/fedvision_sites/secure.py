@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedvision.config import Job
-from fedvision.errors import ProtocolError
+from fedvision.errors import ConfigError, ProtocolError
 from fedvision.secagg import dispute, identity, schedule, site_sketch
 from fedvision.secagg import site as protocol
 from fedvision.secagg.codec import decode, encode
@@ -109,13 +109,17 @@ def check_charter(consortium: Consortium, job: Job, layout: Layout) -> None:
         ProtocolError: A field differs; it is named.
     """
     charter = consortium.charter
+    try:
+        level = level_for(job.secure_aggregation.level, len(charter.sites), layout.size)
+    except ConfigError:
+        raise ProtocolError("charter-level", "the model is too small for sketches of updates") from None
     for field_name, theirs, ours in (
         ("job", charter.job, job.digest()),
         ("layout", charter.layout, layout.digest),
         ("size", charter.size, layout.size),
         ("clip_norm", charter.clip_norm, job.aggregation.clip_norm),
         ("rounds", charter.rounds, job.rounds),
-        ("level", charter.level, level_for(job.secure_aggregation.level, len(charter.sites))),
+        ("level", charter.level, level),
         ("smallest_cohort", charter.smallest_cohort, job.secure_aggregation.smallest_cohort),
     ):
         if theirs != ours:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedvision.errors import ConfigError
+from fedvision.secagg.roster import level_for
 from fedvision.storage import load_tensors, read_json, read_lines
 from tests.conftest import write_site
 
@@ -32,9 +34,27 @@ def test_the_statistics_of_a_sum_are_those_of_plain_aggregation(tiny, run_tiny: 
 @pytest.mark.parametrize("level", ["sum", "sketch"])
 def test_the_model_is_that_of_plain_aggregation_but_for_rounding(tiny, run_tiny: Run, level: str) -> None:
     hidden = model(run_tiny(tiny.secure(level, rounds=1), "hidden"))
-    plain = model(run_tiny(tiny.changed(rounds=1), "plain"))
+    plain = model(run_tiny(tiny.changed(rounds=1, secure_aggregation__level=level), "plain"))
     assert not np.array_equal(hidden, plain)
     assert np.abs(hidden - plain).max() < 1e-6
+
+
+@pytest.mark.parametrize("level", ["sketch", "gram"])
+def test_a_small_model_is_refused_where_updates_are_sketched(tiny, run_tiny: Run, level: str) -> None:
+    write_site(tiny.root, "d")
+    small = {"channels": [4, 8], "strides": [2], "num_res_units": 0}
+    with pytest.raises(ConfigError, match="needs a model of 10000 weights or more, this one has 580"):
+        run_tiny(tiny.secure(level, model__args=small))
+
+
+@pytest.mark.parametrize(
+    ("num_sites", "size", "level"),
+    [(4, 10_000, "sum"), (5, 10_000, "sketch"), (10, 10_000, "gram"), (5, 9_999, "sum"), (10, 580, "sum")],
+)
+def test_the_level_follows_from_the_number_of_sites_and_weights(
+    num_sites: int, size: int, level: str
+) -> None:
+    assert level_for("auto", num_sites, size) == level
 
 
 def test_level_gram_runs_with_four_sites(tiny, run_tiny: Run) -> None:
