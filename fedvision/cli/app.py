@@ -1,9 +1,7 @@
 """``fedvision``: the entry point, and what every command does about errors."""
 
-import inspect
 import os
 import sys
-from collections.abc import Callable
 from typing import Annotated
 
 # Before torch is imported anywhere. Threads that wait for each other by spinning make training many
@@ -11,11 +9,10 @@ from typing import Annotated
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
-from rich.console import Console
 
 from fedvision import __version__
 from fedvision.cli import compare, data, init, keys, simulate, verify
-from fedvision.errors import FedvisionError
+from fedvision.cli.program import paragraphs, run_app
 
 HELP = """Federated learning for medical imaging: simulate a federation of hospitals on this machine.
 
@@ -42,16 +39,10 @@ app.add_typer(keys.app, name="keys")
 app.command("init")(init.init)
 
 
-def _help(command: Callable[..., None]) -> str:
-    """Return a docstring with each paragraph on one line, so that the terminal's width breaks it."""
-    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-
-
-app.command("simulate", help=_help(simulate.simulate), epilog=simulate.EPILOG)(simulate.simulate)
-app.command("report", help=_help(simulate.report))(simulate.report)
-app.command("compare", help=_help(compare.compare))(compare.compare)
-app.command("verify", help=_help(verify.verify), epilog=verify.EPILOG)(verify.verify)
+app.command("simulate", help=paragraphs(simulate.simulate), epilog=simulate.EPILOG)(simulate.simulate)
+app.command("report", help=paragraphs(simulate.report))(simulate.report)
+app.command("compare", help=paragraphs(compare.compare))(compare.compare)
+app.command("verify", help=paragraphs(verify.verify), epilog=verify.EPILOG)(verify.verify)
 
 
 def _version(wanted: bool) -> None:
@@ -75,28 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     0: done. 1: a run that was verified does not hold. 2: wrong input or a run that cannot go on. 130: stopped
     by Ctrl-C. Where it is not 0, one line says why.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        status = app(args=argv, standalone_mode=False, prog_name="fedvision")
-        return int(status or 0)
-    except FedvisionError as error:
-        console.print(f"fedvision: error: {error}", markup=False, style="red")
-        if error.hint:
-            console.print(f"hint: {error.hint}", markup=False)
-        return error.exit_code
-    except typer.Abort:
-        console.print("fedvision: stopped", markup=False)
-        return 130
-    except KeyboardInterrupt:
-        console.print("fedvision: stopped", markup=False)
-        return 130
-    except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            return error.exit_code
-        raise
+    return run_app(app, "fedvision", argv)
 
 
 def run() -> None:

@@ -79,6 +79,7 @@ def new_roster(
     numbers = _numbers(keys, {name: one.number for name, one in old.items()})
     content = {
         "federation": federation if previous is None else previous.federation,
+        "serial": 1 if previous is None else previous.serial + 1,
         "sites": [
             {"number": number, "name": name, "key": keys[name].hex()}
             for number, name in sorted((number, name) for name, number in numbers.items())

@@ -8,6 +8,7 @@ Rules:
   threshold, scale, smallest cohort, one key a party.
 - Who holds the governance key can add sites that do not exist, so it must not be the server's or a site's.
 - A charter counts only beside the roster that it names by digest.
+- A party that has seen a roster takes no earlier one of that federation: ``check_succession``.
 
 How a signed document is written and read: ``fedvision.secagg.documents``.
 """
@@ -17,10 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, overload
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from fedvision.config import Name, PositiveInt, Section
-from fedvision.errors import ConfigError, MessageError
+from fedvision.errors import ConfigError, MessageError, ProtocolError
 from fedvision.secagg import documents
 from fedvision.secagg.documents import Refused, canonical_json
 from fedvision.secagg.identity import Identity, is_sound
@@ -122,6 +123,9 @@ class Roster(Section):
 
     format: Literal[1] = Field(1, description="version of this file format")
     federation: Name = Field(description="short name of the federation")
+    serial: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="1, 2, ... of a federation's rosters; absent, or 0, for one that is never replaced"
+    )
     sites: tuple[Member, ...] = Field(
         min_length=1, max_length=MAX_SITES, description="its sites in the order of their numbers"
     )
@@ -141,6 +145,14 @@ class Roster(Section):
         if self.server in {one.key for one in self.sites}:
             raise ValueError("the server's key is also a site's")
         return self
+
+    @model_serializer(mode="wrap")
+    def _spelled(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a serial of 0, so that a roster without one has the spelling that it always had."""
+        found: dict[str, Any] = content(self)
+        if self.serial == 0:
+            del found["serial"]
+        return found
 
     def digest(self) -> bytes:
         """Return SHA-256("fedvision/roster/v1" | canonical JSON), 32 bytes."""
@@ -360,6 +372,41 @@ def parse_signed(
         return _read_charter(content, governance_key, roster)
     except Refused as refused:
         raise MessageError(f"{kind}: {refused.public}") from None
+
+
+def check_succession(known: Roster, offered: Roster) -> bool:
+    """Check that a roster may take the place of the one that this party knows.
+
+    Guarantee: who knows a roster with a serial takes none that governance signed before it, and no second one
+    with the same serial; so a site that was revoked does not come back with an old file.
+
+    Args:
+        known: The newest roster that this party has verified.
+        offered: Another one, verified with the same key.
+
+    Returns:
+        Whether ``offered`` is newer; False if it is the same one.
+
+    Raises:
+        ProtocolError: Of another federation, older, or another one with the same serial.
+    """
+    if offered.federation != known.federation:
+        raise ProtocolError("roster-federation", "the roster is of another federation")
+    if offered.digest() == known.digest():
+        return False
+    if offered.serial < known.serial:
+        raise ProtocolError(
+            "roster-old",
+            f"the roster has serial {offered.serial}, this party knows serial {known.serial}",
+            "ask the coordinator for the newest kit",
+        )
+    if offered.serial == known.serial:
+        raise ProtocolError(
+            "roster-two",
+            f"governance signed two rosters with serial {known.serial}",
+            "ask governance which one counts, by telephone; one of them must be replaced by a newer one",
+        )
+    return True
 
 
 def check_enrolment(charter: Charter, roster: Roster) -> None:
