@@ -11,26 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedvision.config import Job
-from fedvision.errors import ConfigError
 from fedvision.secagg import identity
-from fedvision.secagg.messages import Documents
-from fedvision.secagg.roster import (
-    Charter,
-    Member,
-    Release,
-    Roster,
-    level_for,
-    load_charter,
-    load_roster,
-    save_signed,
-    scale_for,
-    sign_document,
-    threshold_for,
+from fedvision.secagg.agreement import (
+    agreement_folder,
+    governance_key,
+    load_consortium,
+    load_documents,
+    write_governance,
 )
-from fedvision.secagg.schedule import Consortium
-from fedvision.tasks import initial_network, local_names
-from fedvision.training.evaluation import judgement_size
-from fedvision.updates.layout import flatten, layout_of, model_digest
+from fedvision.secagg.roster import Member, Roster, save_signed, sign_document
+from fedvision.training import charter
 
 if TYPE_CHECKING:
     from fedvision.simulation.run import Plan
@@ -38,47 +28,15 @@ if TYPE_CHECKING:
     from fedvision_sites.secure import SecureConfig
 
 SERVER_NAME, GOVERNANCE_NAME = "server", "governance"
-MAX_ATTEMPTS = 100
-LOSS_CAP = 16.0
-"""Largest mean training loss that the sum of losses tells apart."""
 
 
 def check_size(job: Job, num_sites: int) -> None:
-    """Check that a job with secure aggregation has enough sites, not too many, and a model of a fitting size.
+    """Check that a job fits so many sites that train, see ``charter.check_size``.
 
     Raises:
-        ConfigError: See above.
+        ConfigError: It does not.
     """
-    if not job.aggregation.secure:
-        return
-    smallest = job.secure_aggregation.smallest_cohort
-    if num_sites < 3:
-        raise ConfigError(
-            f"secure aggregation needs at least 3 sites that train, the job has {num_sites}",
-            "the sum of two tells each the other's update; aggregation.secure = false trains without it",
-        )
-    if num_sites < smallest:
-        raise ConfigError(
-            f"the job has {num_sites} sites that train, secure_aggregation.smallest_cohort is {smallest}",
-            f"add sites, or write smallest_cohort = {num_sites}: a sum of so few says much about each"
-            if num_sites < 5
-            else "add sites, or lower secure_aggregation.smallest_cohort",
-        )
-    if job.secure_aggregation.level == "gram" and num_sites < 4:
-        raise ConfigError(
-            f'secure_aggregation.level = "gram" needs at least 4 sites that train, the job has {num_sites}',
-            'level = "sketch" works with 3',
-        )
-    if num_sites > 255:
-        raise ConfigError(f"secure aggregation takes at most 255 sites, the job has {num_sites}")
-    if job.data is not None and job.data.held_out and "test" not in job.secure_aggregation.release:
-        raise ConfigError(
-            "data.held_out sites report one by one, which secure_aggregation.release does not allow",
-            'write release = ["test"], or leave them out',
-        )
-    if job.secure_aggregation.level in ("sketch", "gram"):
-        network = initial_network(job)
-        level_for(job.secure_aggregation.level, num_sites, layout_of(network, local_names(network, job)).size)
+    charter.check_size(job, num_sites, len(job.data.held_out) if job.data else 0)
 
 
 def make_consortium(plan: "Plan", weight_cap: int, folder: Path) -> None:
@@ -92,11 +50,10 @@ def make_consortium(plan: "Plan", weight_cap: int, folder: Path) -> None:
     Raises:
         StorageError: A file cannot be written.
     """
-    home = folder / "secagg"
+    home = agreement_folder(folder)
     if (home / "charter.json").exists():
         return
     job = plan.job.public()
-    train = set(plan.cohort.train)
     keys = {name: _identity(folder / "sites" / name / "identity.pem", name) for name in sorted(plan.data)}
     server = _identity(home / "server.pem", SERVER_NAME)
     governance = identity.generate(GOVERNANCE_NAME)
@@ -104,37 +61,10 @@ def make_consortium(plan: "Plan", weight_cap: int, folder: Path) -> None:
         Member(number=number, name=name, key=keys[name].public.hex()) for number, name in enumerate(keys, 1)
     )
     roster = Roster(federation=f"simulation-{job.name}"[:64], sites=members, server=server.public.hex())
-    network = initial_network(job)
-    layout = layout_of(network, local_names(network, job))
-    sites = tuple(member.number for member in members if member.name in train)
-    releases: list[Release] = ["split_presence", "validation_sums"]
-    releases.append("test_by_site" if "test" in job.secure_aggregation.release else "test_sums")
-    charter = Charter(
-        federation=roster.federation,
-        roster=roster.digest().hex(),
-        job=job.digest(),
-        layout=layout.digest,
-        size=layout.size,
-        initial_weights=model_digest(flatten(network, layout)).hex(),
-        sites=sites,
-        threshold=threshold_for(len(sites)),
-        smallest_cohort=job.secure_aggregation.smallest_cohort,
-        smallest_cohort_waiver=job.secure_aggregation.smallest_cohort < 5,
-        rounds=job.rounds,
-        max_attempts=MAX_ATTEMPTS,
-        level=level_for(job.secure_aggregation.level, len(sites), layout.size),
-        clip_norm=job.aggregation.clip_norm,
-        scale=scale_for(len(sites)),
-        weight_cap=weight_cap if job.aggregation.weighting == "samples" else 1,
-        metric_caps=(LOSS_CAP,),
-        releases=tuple(releases),
-        statistics_size=judgement_size(1, job, is_final=True),
-        resamples=job.evaluation.bootstrap,
-    )
-    identity_line = identity.public_line(GOVERNANCE_NAME, governance.public)
-    (home / "governance.pub").write_text(identity_line + "\n", encoding="utf-8")
+    rules = charter.make_charter(job, roster, plan.cohort.train, weight_cap)
+    write_governance(folder, GOVERNANCE_NAME, governance.public)
     save_signed(home / "roster.json", sign_document(roster, governance))
-    save_signed(home / "charter.json", sign_document(charter, governance))
+    save_signed(home / "charter.json", sign_document(rules, governance))
 
 
 def _identity(path: Path, name: str) -> identity.Identity:
@@ -143,37 +73,12 @@ def _identity(path: Path, name: str) -> identity.Identity:
     return identity.load(path)
 
 
-def governance_key(folder: Path) -> bytes:
-    """Return the governance key of a run folder.
-
-    Raises:
-        ConfigError: The file is absent or damaged.
-    """
-    path = folder / "secagg" / "governance.pub"
-    try:
-        return identity.parse_public(path.read_text(encoding="utf-8"), str(path))[1]
-    except OSError:
-        raise ConfigError(f"{path} is absent", "the run was made without secure aggregation") from None
-
-
-def load_consortium(folder: Path) -> Consortium:
-    """Return roster and charter of a run folder, with their signatures verified.
-
-    Raises:
-        ConfigError: One is absent, damaged, or signed by another key.
-    """
-    key, home = governance_key(folder), folder / "secagg"
-    roster = load_roster(home / "roster.json", key)
-    return Consortium(roster, load_charter(home / "charter.json", key, roster))
-
-
 def server_keys(folder: Path) -> "ServerKeys":
     """Return what the server of a run needs."""
     from fedvision_server.secure import ServerKeys
 
-    home = folder / "secagg"
-    documents = Documents((home / "roster.json").read_bytes(), (home / "charter.json").read_bytes())
-    return ServerKeys(load_consortium(folder), documents, identity.load(home / "server.pem"))
+    own = identity.load(agreement_folder(folder) / "server.pem")
+    return ServerKeys(load_consortium(folder), load_documents(folder), own)
 
 
 def site_keys(folder: Path, name: str) -> "SecureConfig":

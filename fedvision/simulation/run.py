@@ -1,9 +1,6 @@
 """From a job file to a finished run folder: check the data, run the federation, write the report."""
 
-import datetime
-import importlib.metadata
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +10,7 @@ import psutil
 
 from fedvision.config import Job, dump_job, load_job
 from fedvision.data.manifest import Manifest, find_manifests, load_manifest
+from fedvision.environment import describe_machine
 from fedvision.errors import ConfigError, DataError, StorageError
 from fedvision.seeds import derive_seed
 from fedvision.simulation.consortium import check_size, make_consortium, server_keys, site_keys
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from fedvision_sites.work import SiteConfig
 
 Engine = Literal["flower", "one-process"]
-PACKAGES = ("fedvision", "torch", "torchvision", "monai", "flwr", "ray", "numpy")
 MAX_CACHE_BYTES = 8 << 30
 
 
@@ -120,25 +117,7 @@ def start_run(plan: Plan, folder: Path) -> None:
 
 def describe_environment(plan: Plan) -> dict[str, Any]:
     """Return what a person needs to know to get the same run again."""
-    import torch
-
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": versions,
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "parallel_sites": plan.parallel,
-        "threads_per_site": plan.threads,
-    }
+    return {**describe_machine(), "parallel_sites": plan.parallel, "threads_per_site": plan.threads}
 
 
 def resume_plan(folder: Path) -> Plan:
