@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedvision_server.journal
 import fedvision_sites.vault
 from fedvision.errors import MessageError
 from fedvision.secagg import codec, messages, site_state
@@ -16,7 +17,7 @@ from fedvision.secagg.codec import AtMost, Fixed, Unsigned, decode, encode
 KINDS = sorted(
     {
         kind
-        for module in (messages, site_state, fedvision_sites.vault)
+        for module in (messages, site_state, fedvision_sites.vault, fedvision_server.journal)
         for kind in vars(module).values()
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and hasattr(kind, "KIND")
     },

@@ -61,7 +61,8 @@ def freeze(attempt: SumRound) -> tuple[Any, ...]:
         field.name: {key: repr_of(value) for key, value in getattr(attempt.views, field.name).items()}
         for field in dataclasses.fields(attempt.views)
     }
-    return (views, attempt._sum.tobytes(), attempt.accepted, dict(attempt.excluded), list(attempt.evidence))
+    masked = {site: attempt.masked_input(site).tobytes() for site in attempt.views.masked}
+    return (views, masked, attempt.accepted, dict(attempt.excluded), list(attempt.evidence))
 
 
 def repr_of(value: Any) -> Any:

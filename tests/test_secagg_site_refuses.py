@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fedvision_sites.work
 from fedvision.config import Job
+from fedvision.data.manifest import Manifest
 from fedvision.errors import FedvisionError, MessageError, ProtocolError
 from fedvision.secagg import identity, schedule
 from fedvision.secagg.codec import decode, encode
@@ -322,3 +324,97 @@ def test_a_job_that_shares_a_part_of_its_digest_with_the_charters_is_another_job
         other = digest[:known] + ("0" if digest[known] != "0" else "1") + digest[known + 1 :]
         with pytest.raises(ProtocolError):
             check_job(hospital.secure.guard, other, charter)
+
+
+# --- the site decides -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class Desk:
+    """Whoever decides at a site: says the same to all, and notes what was asked."""
+
+    says: str = ""
+    asked: list[tuple[str, bytes, str]] = dataclasses.field(default_factory=list)
+
+    def decide(self, job: Job, documents: bytes, manifest: Manifest) -> str:
+        self.asked.append((job.digest(), documents, manifest.site))
+        return self.says
+
+
+def deciding(hospital: Hospital, desk: Desk, state: Path | None = None) -> Hospital:
+    """Return the hospital with a site that asks ``desk``."""
+    config = dataclasses.replace(hospital.site.config, decide=desk.decide)
+    config = dataclasses.replace(config, state=state or config.state)
+    assert hash(config) == hash(dataclasses.replace(config))
+    return dataclasses.replace(hospital, site=Site(config))
+
+
+def hello_of(hospital: Hospital, documents: bytes | None = None) -> HelloRequest:
+    found = encode(server_keys(hospital.folder).documents) if documents is None else documents
+    job = hospital.job
+    return HelloRequest(job.to_json(), job.digest(), hospital.layout(job), as_vector(found))
+
+
+@pytest.mark.parametrize("code", ["waiting", "denied", "policy"])
+def test_nothing_of_a_job_runs_before_the_site_agrees(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str
+) -> None:
+    def never(*arguments: Any) -> Any:
+        raise AssertionError("something ran")
+
+    desk = Desk(code)
+    site = deciding(hospital, desk, tmp_path / "new")
+    with monkeypatch.context() as patched:
+        for name in ("build", "enrol", "train", "evaluate"):
+            patched.setattr(fedvision_sites.work, name, never)
+        assert code_of(site.site.answer(hello_of(hospital))) == code
+    assert not (tmp_path / "new" / "secagg").exists()
+    assert not (tmp_path / "new" / "documents").exists()
+    documents = encode(server_keys(hospital.folder).documents)
+    assert desk.asked == [(hospital.job.digest(), documents, "a")]
+
+
+def test_the_site_is_asked_again_at_every_request_with_the_documents_that_it_enrolled_under(
+    hospital: Hospital,
+) -> None:
+    desk = Desk()
+    site = deciding(hospital, desk)
+    documents = encode(server_keys(hospital.folder).documents)
+    assert isinstance(site.site.answer(hello_of(hospital)), HelloReply)
+    assert isinstance(site.train(), SecureReply)
+    assert isinstance(site.evaluate("test"), EvaluateReply)
+    assert [asked[1] for asked in desk.asked] == [documents] * 3
+    desk.says = "denied"
+    weights = hospital.weights()
+    for reply in (site.train(), site.evaluate("test", weights=weights), site.site.answer(hello_of(hospital))):
+        assert code_of(reply) == "denied"
+    assert len(desk.asked) == 6
+
+
+def test_nobody_is_asked_about_documents_that_governance_did_not_sign(
+    hospital: Hospital, tmp_path: Path
+) -> None:
+    desk = Desk()
+    site = deciding(hospital, desk, tmp_path / "new")
+    consortium = server_keys(hospital.folder).consortium
+    forged = documents_of(consortium, identity.generate("stranger"))
+    assert code_of(site.site.answer(hello_of(hospital, forged))) == "message"
+    assert code_of(site.train()) == "message"  # it keeps no documents yet
+    assert desk.asked == []
+
+
+def test_the_same_offer_is_answered_again_without_training(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = hospital.train()
+    assert isinstance(first, SecureReply)
+
+    def never(*arguments: Any) -> Any:
+        raise AssertionError("it trained again")
+
+    monkeypatch.setattr(Site, "_train_locally", never)
+    for site in (hospital.site, Site(hospital.site.config)):
+        again = dataclasses.replace(hospital, site=site).train()
+        assert isinstance(again, SecureReply)
+        assert again.body.tobytes() == first.body.tobytes()
+    assert code_of(hospital.train(weights=hospital.weights() + np.float32(1))) == "protocol: high-water"

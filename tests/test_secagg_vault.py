@@ -123,6 +123,9 @@ class Clinics:
         """Do a step at a site as ``fedvision_sites.work`` does."""
         process = self.process(number)
         if step == "ready":
+            answer = process.repeated(body, self.model())
+            if answer is not None:
+                return answer, np.zeros(0, np.uint32)
             process.open_session(body)
             vector = process.pending(session, self.model())
             if vector is None:
@@ -329,6 +332,135 @@ def test_a_full_disk_stops_a_site_before_its_answer_leaves(
         assert [path.read_bytes() for path in sorted(enrolled.sites[2].files())] == before
 
 
+# --- the same request again -------------------------------------------------------------------------------
+
+
+def contents(clinic: Clinic) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in clinic.files()}
+
+
+@every_level
+@pytest.mark.parametrize("is_killed", [False, True], ids=["alive", "killed"])
+def test_the_same_request_is_answered_with_the_same_bytes_and_changes_nothing(
+    enrolled: Clinics, is_killed: bool
+) -> None:
+    """Guarantee of ``SecureSite.answer``, at every step, by the same process and by a new one."""
+    one, level = enrolled.attempt(1, 1), enrolled.consortium.charter.level
+    clinic = enrolled.sites[2]
+    for step in STEPS[level]:
+        bodies = dict.fromkeys(enrolled.sites, one.offer()) if step == "ready" else bodies_of(one, step)
+        take = taker(one, step)
+        for number, body in bodies.items():
+            answer, masked = enrolled.do(number, step, body, one.session)
+            if number == 2:
+                before = contents(clinic)
+                for threads in (1, 2, 3):
+                    if is_killed:
+                        clinic.process = None
+                    enrolled.process(2)._threads = threads
+                    again, masked_again = enrolled.do(2, step, body, one.session)
+                    assert again == answer
+                    assert masked_again.dtype == np.uint32
+                    assert np.array_equal(masked_again, masked), step
+                assert contents(clinic) == before
+            take(number, answer, masked) if step == "mask" else take(number, answer)
+    assert one.finish().fits
+
+
+@every_level
+def test_anything_else_than_the_last_request_is_refused(enrolled: Clinics) -> None:
+    one, level = enrolled.attempt(1, 1), enrolled.consortium.charter.level
+    asked: list[tuple[str, bytes]] = []
+    for step in STEPS[level]:
+        bodies = dict.fromkeys(enrolled.sites, one.offer()) if step == "ready" else bodies_of(one, step)
+        enrolled.do(2, step, bodies[2], one.session)
+        before = contents(enrolled.sites[2])
+        for earlier, body in asked:
+            with pytest.raises(ProtocolError) as caught:
+                enrolled.do(2, earlier, body, one.session)
+            assert caught.value.rule in ("phase", "high-water", "sketched", "answered"), (step, earlier)
+        for other in STEPS[level][1:]:
+            if other != step:
+                with pytest.raises((ProtocolError, MessageError)):
+                    enrolled.do(2, other, bodies[2], one.session)
+        damaged_body = bytes([*bodies[2][:-1], bodies[2][-1] ^ 1])
+        with pytest.raises((ProtocolError, MessageError)):
+            enrolled.do(2, step, damaged_body, one.session)
+        assert contents(enrolled.sites[2]) == before
+        asked.append((step, bodies[2]))
+        take = taker(one, step)
+        for number, body in bodies.items():
+            answer, masked = enrolled.do(number, step, body, one.session)
+            take(number, answer, masked) if step == "mask" else take(number, answer)
+
+
+def test_an_offer_of_another_model_is_not_the_same_request(enrolled: Clinics) -> None:
+    one = enrolled.attempt(1, 1)
+    enrolled.do(2, "ready", one.offer(), one.session)
+    assert enrolled.process(2).repeated(one.offer(), bytes(32)) is None
+    assert enrolled.process(2).repeated(enrolled.attempt(1, 2).offer(), enrolled.model()) is None
+    assert enrolled.process(2).repeated(one.offer(), enrolled.model()) is not None
+
+
+def test_an_input_that_changed_is_never_masked_with_the_masks_of_before(enrolled: Clinics) -> None:
+    one = enrolled.run(enrolled.attempt(1, 1), "mask")
+    bodies = bodies_of(one, "mask")
+    answer, masked = enrolled.do(2, "mask", bodies[2], one.session)
+    (path,) = [path for path in enrolled.sites[2].files() if path.name.startswith("input-")]
+    content = path.read_bytes()
+    for wrong in (
+        content[:-4],
+        content + bytes(4),
+        bytes([content[0] ^ 1]) + content[1:],
+        bytes(len(content)),
+    ):
+        path.write_bytes(wrong)
+        with pytest.raises(ProtocolError) as caught:
+            enrolled.do(2, "mask", bodies[2], one.session)
+        assert caught.value.rule == "input"
+    path.unlink()
+    with pytest.raises(ProtocolError) as caught:
+        enrolled.do(2, "mask", bodies[2], one.session)
+    assert caught.value.rule == "input"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    again, masked_again = enrolled.do(2, "mask", bodies[2], one.session)
+    assert again == answer
+    assert np.array_equal(masked_again, masked)
+
+
+@pytest.mark.parametrize(
+    ("clinics", "written"),
+    [("gram", False), ("gram", True)],
+    indirect=["clinics"],
+    ids=["before", "after"],
+)
+def test_a_site_killed_at_any_write_loses_no_attempt_if_it_is_asked_again(
+    enrolled: Clinics, written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    level = enrolled.consortium.charter.level
+    total = 1 + 2 * len(STEPS[level])  # the input; session and marks at each step
+    for number in range(1, total + 1):
+        with monkeypatch.context() as patched:
+            count = at_write(patched, enrolled.sites[2], number, written)
+            one = enrolled.attempt(number, 1)
+            session = one.session
+            for step in STEPS[level]:
+                is_first = step == "ready"
+                bodies = dict.fromkeys(enrolled.sites, one.offer()) if is_first else bodies_of(one, step)
+                take = taker(one, step)
+                for site, body in bodies.items():
+                    answer, masked = enrolled.alive(
+                        site,
+                        lambda do=(site, step, body, session): enrolled.do(*do),
+                    )
+                    take(site, answer, masked) if step == "mask" else take(site, answer)
+            assert count() >= number
+        outcome = one.finish()
+        assert one.inside == (1, 2, 3, 4, 5)
+        assert outcome.fits
+
+
 def snapshot(clinic: Clinic, to: Path) -> Path:
     shutil.copytree(clinic.state, to)
     return to
@@ -357,6 +489,9 @@ def test_a_restored_state_folder_is_refused_and_the_next_round_works(
         assert caught.value.rule == "old-state"
         with pytest.raises(ProtocolError) as caught:
             enrolled.do(2, "ready", enrolled.attempt(2 * number + 1, 1).offer(), one.session)
+        assert caught.value.rule == "old-state"
+        with pytest.raises(ProtocolError) as caught:
+            enrolled.process(2).open_session(enrolled.attempt(2 * number + 1, 1).offer())
         assert caught.value.rule in ("high-water", "sketched", "answered")
         again = enrolled.round(2 * number + 2)
         assert again is not None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
@@ -30,6 +31,7 @@ from fedvision.storage import append_line, load_tensors, read_json, read_lines, 
 from fedvision.tasks import initial_network
 from fedvision_server import round as round_module
 from fedvision_sites import work
+from fedvision_sites.vault import SessionFile
 from tests.secure_runs import make_disputed_run, make_run
 
 Change = Callable[[Path], None]
@@ -394,7 +396,12 @@ def another_key(run: Path) -> None:
 
 def another_session(run: Path) -> None:
     path = one_of(run, "sites/b/secagg/*/session")
-    path.write_bytes(path.read_bytes()[:-3] + b"abc")
+    found = decode(path.read_bytes(), SessionFile)
+    content = encode(dataclasses.replace(found, session=dataclasses.replace(found.session, root=bytes(32))))
+    path.write_bytes(content)
+    marks = next(path for path in (run / "guards" / "b").iterdir() if "-" not in path.name)
+    known = decode(marks.read_bytes(), Marks)
+    marks.write_bytes(encode(dataclasses.replace(known, session=hashlib.sha256(content).digest())))
 
 
 def enrolled_under_another_charter(run: Path) -> None:

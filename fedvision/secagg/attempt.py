@@ -15,10 +15,10 @@ from fedvision.secagg.messages import (
 
 
 class Store(Protocol):
-    """Keeps masked inputs by site until the end of a round, outside of memory."""
+    """Keeps masked inputs by site until an attempt is over, outside of memory."""
 
     def put(self, site: int, vector: MaskVector) -> None:
-        """Keep a vector."""
+        """Keep a vector, the first one of each site."""
         ...
 
     def get(self, site: int) -> MaskVector:

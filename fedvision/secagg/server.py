@@ -7,8 +7,10 @@ then ``accept``, ``add_ack``..., ``ack_roll``, ``add_unmask``..., ``finish``.
 Rules:
 - What a site sends is checked in full before it changes anything; a site whose message is refused is
   treated as one that dropped out. A lie that its signatures prove is kept as ``Evidence``.
-- The server holds one sum, not one vector a site. Where a sketch is checked at the end, the masked inputs
-  are kept by a ``Store``, on disk, until the check is done.
+- The server holds one sum, not one vector a site: the masked inputs are kept by a ``Store``, on disk, until
+  the attempt is over.
+- An attempt is a function of what it is given: the same messages and the same challenge, in the same order,
+  make the same attempt again, which says the same bytes. So a server that keeps them can be killed.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -73,7 +75,7 @@ class SumRound:
         model: SHA-256 of the model that is offered.
         length: Number of coordinates of an input.
         norm_bound: Largest L2 norm of a compliant encoded input; for sketches.
-        store: Keeps masked inputs; used at levels ``sketch`` and ``gram`` only.
+        store: Keeps masked inputs.
         threads: CPU threads for removing masks.
     """
 
@@ -106,7 +108,6 @@ class SumRound:
         self._identity = identity
         self._store = store
         self._threads = threads
-        self._sum = np.zeros(length, np.uint32)
         self.said: dict[str, Signed] = {}
 
     def say(self, message: object) -> bytes:
@@ -187,10 +188,7 @@ class SumRound:
             raise MessageError(f"masked input must be uint32 of shape ({self.length},)")
         if vector_digest(vector) != masked.digest:
             raise ProtocolError("digest", f"{self.session}: a masked input does not have the signed hash")
-        if self.level != "sum":
-            self._store.put(site, vector)
-        else:
-            np.add(self._sum, vector, out=self._sum)
+        self._store.put(site, vector)
         self.views.masked[site] = signed
         self.views.digests[site] = masked.digest
 
@@ -299,15 +297,18 @@ class SumRound:
             self.views.values[site] = np.frombuffer(sketch.values, "<u4").astype(np.uint32)
         self.views.sketches[site] = upload.sketch
 
-    def hold(self) -> dict[int, bytes]:
+    def hold(self, challenge: bytes = b"") -> dict[int, bytes]:
         """Return each holder's ``Holding`` message; level ``gram``.
+
+        Args:
+            challenge: 32 bytes that no dealer could know, see ``holding.fresh_challenge``; drawn if absent.
 
         Raises:
             AttemptError: Too few sketches were shared.
         """
         dealers, points = sorted(self.views.sketches), sorted(self.views.beacons)
         self._require(dealers, "sketches were shared")
-        self.challenge = holding.fresh_challenge()
+        self.challenge = challenge or holding.fresh_challenge()
         paths = {
             d: merkle_paths([holding.share_leaf(self.views.sealed[d][p]) for p in points]) for d in dealers
         }
@@ -403,8 +404,8 @@ class SumRound:
         """Return an ``Accepted`` message for the sites that acknowledged, when others have vanished.
 
         Raises:
-            AttemptError: Too few are left. Or, at level ``sum``, the inputs of those that vanished are in the
-                sum already; at level ``gram``, two sets would open the difference of two sums of sketches.
+            AttemptError: Too few are left. Or the level is ``sum``, where sites sign one set only; or
+                ``gram``, where two sets would open the difference of two sums of sketches.
         """
         if self.level != "sketch":
             gone = set(self.inside) - set(self.views.acks)
@@ -423,7 +424,7 @@ class SumRound:
         return self.say(Accepted(self.tau, self.accepted, excluded))
 
     def masked_input(self, site: int) -> MaskVector:
-        """Return a masked input that was kept; levels ``sketch`` and ``gram`` only."""
+        """Return a masked input that was kept."""
         return self._store.get(site)
 
     @property
@@ -510,10 +511,9 @@ class SumRound:
                 set(self.views.acks) - set(self.views.shares),
             )
         seeds = self._recover_seeds(holders)
-        total = self._sum
-        if self.level != "sum":
-            for site in self.inside:
-                np.add(total, self._store.get(site), out=total)
+        total = np.zeros(self.length, np.uint32)
+        for site in self.inside:
+            np.add(total, self._store.get(site), out=total)
         keys = [schedule.self_key(seeds[site], self.tau) for site in self.inside]
         signs = [-1] * len(keys)
         for site in self.inside:

@@ -10,12 +10,13 @@ What a site refuses, each with the name of its rule:
 - ``smallest-cohort``: fewer sites than the smallest cohort or the threshold, at any step.
 - ``accepted-set``: an accepted set with a site outside the cohort, one that grows, or without this site.
 - ``overlap``: a site both accepted and left out. ``quorum``: too few signatures on the set it agreed to.
-- ``beacon``: a beacon number that was not committed.
+- ``beacon``: a beacon number that was not committed. ``input``: a kept input that was changed.
 
 The caller stores the new state and marks before the answer leaves (``fedvision_sites.vault``).
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedvision.errors import MessageError, ProtocolError
@@ -152,9 +153,7 @@ def mask(
             return marks, state, encode(member.sign(complaint)), None
     ordered = [entry.ready for entry in cohort.entries]
     tau = schedule.make_tau(member.consortium, state.session, state.model, ordered)
-    peers = [number for number in readies if number != member.number]
-    keys, signs = member.mask_keys(peers, tau)
-    add_masks(vector, [schedule.self_key(state.seed, tau), *keys], [1, *signs], threads)
+    _add_own_masks(member, state.seed, tau, list(readies), vector, threads)
     digest = vector_digest(vector)
     marks, state = move(
         marks,
@@ -167,6 +166,30 @@ def mask(
         masked=pairs({member.number: digest}),
     )
     return marks, state, encode(member.sign(Masked(tau, digest))), vector
+
+
+def _add_own_masks(
+    member: SiteMember, seed: bytes, tau: bytes, cohort: Sequence[int], vector: MaskVector, threads: int
+) -> None:
+    """Add a site's own mask and those of its pairs, in place."""
+    keys, signs = member.mask_keys([number for number in cohort if number != member.number], tau)
+    add_masks(vector, [schedule.self_key(seed, tau), *keys], [1, *signs], threads)
+
+
+def mask_again(member: SiteMember, state: SiteSession, vector: MaskVector, threads: int = 1) -> MaskVector:
+    """Return the masked input of a session once more; ``vector`` becomes it in place.
+
+    Guarantee: it is the one that was signed, byte for byte, or nothing is returned. The masks are a function
+    of the session's seed, tau and pair keys, and the same masks on the same input are the same bytes.
+
+    Raises:
+        ProtocolError: The input is not the one that was masked before.
+    """
+    expect_phase(state, "masked")
+    _add_own_masks(member, state.seed, state.tau, list(mapping(state.cohort)), vector, threads)
+    if vector_digest(vector) != mapping(state.masked)[member.number]:
+        raise ProtocolError("input", f"{state.session}: the stored input is not the one that was masked")
+    return vector
 
 
 def read_cohort(member: SiteMember, state: SiteSession, cohort: Cohort) -> dict[int, Ready]:

@@ -101,11 +101,14 @@ class Marks:
         step: Counts every answer.
         openings: Counts the disputes in which the site opened a sketch that was shared only.
         marks: How far it went.
+        session: SHA-256 of what the site keeps of the session under way: no older state goes with the marks.
+            Set by who stores them; empty before the first session.
     """
 
     step: U32
     openings: U16
     marks: Annotated[tuple[Mark, ...], AtMost(3)]
+    session: Annotated[bytes, AtMost(32)] = b""
 
     def of(self, purpose: Purpose) -> Mark:
         """Return the mark of a purpose."""

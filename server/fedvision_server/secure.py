@@ -1,7 +1,9 @@
-"""Secure sums of a run: carries the protocol's steps over the link, attempt by attempt, and keeps the record.
+"""Secure sums of a run, attempt by attempt, and the record of them. The steps of an attempt are ``steps``.
 
     secagg/roster.json, charter.json, governance.pub   what the consortium signed
-    secagg/attempts.json                               the last attempt begun, for each purpose
+    secagg/attempts.json                               the last attempt begun, for each purpose; was it lost?
+    secagg/journal, masked/                            the attempt under way, see ``journal``
+    secagg/enrolled.json                               the sites that have everybody's enrolments
     secagg/transcripts/train-0003                      the signed record of a finished sum
     secagg/sums/train-0003                             the sum, little-endian uint32
     secagg/disputes/0003                               that the sum of a round was disputed
@@ -10,31 +12,30 @@
     secagg/paused.json                                 sites that vanished in a lost round: out up to a round
 
 Rules:
-- An attempt is on disk before its offer leaves; a server that was killed begins another, with fresh masks.
+- An attempt is on disk before its offer leaves, and so is each message before anything is made of it. A
+  server that was killed goes on with the attempt in its journal, where it was: no round is lost for that.
 - A site whose lie is proven is out for the rest of the job, and the attempt is done again without it. Where
   the inputs were sketched or unmasked already, they are spent, and the whole round is thrown away.
 - A site that vanished in round r, which was lost for that, is not asked to train up to round 2r, as long as
   enough others are left. So an unlucky site comes back, and one that does it on purpose costs log2(R) of R
   rounds.
-- A sum that was finished is not asked for again; one that was not, when the server was killed, is lost if
-  its inputs were spent.
+- A sum that was finished is not asked for again.
 """
 
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from fedvision.errors import MessageError, ProtocolError, RoundError, StorageError
 from fedvision.secagg import schedule
-from fedvision.secagg.attempt import AttemptError, Disputed, MaskedSum
+from fedvision.secagg.attempt import AttemptError, MaskedSum
 from fedvision.secagg.codec import decode, encode
-from fedvision.secagg.dispute import Trial
 from fedvision.secagg.identity import Identity
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.messages import Documents, EnrolmentRoll, Evidence, Purpose, Session, Signed, Transcript
@@ -42,7 +43,9 @@ from fedvision.secagg.schedule import Consortium
 from fedvision.secagg.server import SumRound
 from fedvision.secagg.transcript import check_transcript, make_transcript
 from fedvision.storage import read_json, write_atomic, write_json
-from fedvision.wire.messages import HelloReply, Refusal, Request, SecureReply, SecureRequest, Step, as_vector
+from fedvision.wire.messages import HelloReply, Refusal, Request, SecureReply, SecureRequest, as_vector
+from fedvision_server.journal import Journal, Start, VectorStore
+from fedvision_server.steps import Steps, is_away
 
 if TYPE_CHECKING:
     from fedvision_server.federation import Federation
@@ -89,27 +92,6 @@ class SecureSum:
     seconds: float
 
 
-class DiskStore:
-    """Keeps masked inputs in a folder until the end of a round; see ``secagg.server.Store``."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def put(self, site: int, vector: MaskVector) -> None:
-        """Keep a vector."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        vector.astype("<u4", copy=False).tofile(self._folder / str(site))
-
-    def get(self, site: int) -> MaskVector:
-        """Return it, mapped from disk."""
-        return np.memmap(self._folder / str(site), "<u4", mode="r")
-
-    def clear(self) -> None:
-        """Remove all."""
-        for path in self._folder.glob("*") if self._folder.exists() else ():
-            path.unlink()
-
-
 class SecureServer:
     """The server's part in secure aggregation over a whole job.
 
@@ -117,83 +99,64 @@ class SecureServer:
         keys: Consortium and the server's key.
         folder: The run folder.
         federation: The sites, met.
-        replies: What they said to hello, by name.
+
+    Raises:
+        RoundError: A site of the charter was not met, or the enrolments are not in order.
     """
 
     def __init__(self, keys: ServerKeys, folder: Path, federation: "Federation") -> None:
         self._keys = keys
         self._folder = folder / "secagg"
         self._federation = federation
-        self._store = DiskStore(self._folder / "masked")
+        self._journal = Journal(self._folder)
         self.consortium = keys.consortium
         roster = self.consortium.roster
         self.names = {number: roster.member(number).name for number in self.consortium.charter.sites}
         self.numbers = {name: number for number, name in self.names.items()}
-        expelled = self._folder / "expelled.json"
-        self.expelled: dict[str, str] = read_json(expelled) if expelled.exists() else {}
-        paused = self._folder / "paused.json"
-        self._paused: dict[str, int] = read_json(paused) if paused.exists() else {}
+        self.expelled: dict[str, str] = self._load("expelled.json", {})
+        self._paused: dict[str, int] = self._load("paused.json", {})
+        self._enrolled: list[str] = self._load("enrolled.json", [])
         self._lost_rounds = 0
-        self._publics = self._enrol(federation.sizes)
+        self._enrolments, self._publics = self._read_enrolments(federation.sizes)
 
-    def _enrol(self, replies: Mapping[str, HelloReply]) -> dict[tuple[int, int], bytes]:
-        """Gather the sites' enrolments and give everybody all of them.
+    def _load(self, name: str, otherwise: Any) -> Any:
+        path = self._folder / name
+        return read_json(path) if path.exists() else otherwise
 
-        Raises:
-            RoundError: A site is absent, or its enrolment is not in order.
-        """
-        sites = [self.names[number] for number in self.consortium.charter.sites]
+    def _read_enrolments(
+        self, replies: Mapping[str, HelloReply]
+    ) -> tuple[tuple[Signed, ...], dict[tuple[int, int], bytes]]:
+        """Return the sites' enrolments, and the keys in them."""
         try:
+            sites = [self.names[number] for number in self.consortium.charter.sites]
             entries = tuple(decode(replies[site].enrolment.tobytes(), Signed) for site in sites)
-            publics = schedule.read_enrolments(self.consortium, entries)
+            return entries, schedule.read_enrolments(self.consortium, entries)
         except KeyError as error:
             raise RoundError(f"site {error.args[0]} of the charter does not answer") from None
         except (ProtocolError, MessageError) as error:
             raise RoundError(f"the sites' enrolments are not in order: {error}") from None
-        roll = self._say(EnrolmentRoll(entries))
-        done = set(self._gather("enrolled", 0, dict.fromkeys(sites, roll), lambda site, reply: None))
-        for site in sites:
-            if site not in done:
+
+    def spread_enrolments(self) -> None:
+        """Give everybody's enrolments to each site that has not got them; one that is away gets them later.
+
+        Raises:
+            RoundError: A site does not take them.
+        """
+        lacking = [site for site in self.numbers if site not in self._enrolled and site not in self.expelled]
+        if not lacking:
+            return
+        roll = EnrolmentRoll(self._enrolments)
+        body = as_vector(encode(schedule.sign(self.consortium, self._keys.identity, 0, roll)))
+        digest = self._federation.job.digest()
+        request = SecureRequest(digest, 0, self.consortium.digest.hex(), "enrolled", body)
+        for site, reply in self._federation.ask(dict.fromkeys(lacking, request)):
+            if isinstance(reply, SecureReply):
+                self._enrolled = sorted([*self._enrolled, site])
+                write_json(self._folder / "enrolled.json", self._enrolled)
+            elif not (isinstance(reply, Refusal) and is_away(reply.code)):
                 raise RoundError(
                     f"site {site} did not take the list of enrolments", f"the log of {site} says why"
                 )
-        return publics
-
-    def _say(self, message: object) -> bytes:
-        return encode(schedule.sign(self.consortium, self._keys.identity, 0, message))
-
-    def _gather(
-        self,
-        step: Step,
-        number: int,
-        bodies: Mapping[str, bytes],
-        take: Callable[[int, SecureReply], None],
-        requests: Mapping[str, Request] | None = None,
-        on_refusal: Callable[[int, str], None] = lambda site, code: None,
-    ) -> Iterator[str]:
-        """Ask sites for a step, hand each answer to ``take``, and yield the sites whose answer it took."""
-        digest, charter = self._federation.job.digest(), self.consortium.digest.hex()
-        made: dict[bytes, Request] = {}
-        if requests is None:
-            for body in bodies.values():
-                if body not in made:
-                    made[body] = SecureRequest(digest, number, charter, step, as_vector(body))
-            requests = {site: made[body] for site, body in bodies.items()}
-        for site, reply in self._federation.ask(requests):
-            event = {"event": "secure", "round": number, "step": step, "site": site}
-            if not isinstance(reply, SecureReply) or reply.step != step:
-                reason = reply.code if isinstance(reply, Refusal) else "message"
-                on_refusal(self.numbers[site], reason)
-                self._federation.tell({**event, "status": "failed", "reason": reason})
-                continue
-            try:
-                take(self.numbers[site], reply)
-            except AttemptError:
-                raise
-            except (ProtocolError, MessageError) as error:
-                self._federation.tell({**event, "status": "refused", "reason": str(error)})
-                continue
-            yield site
 
     def add_up(
         self,
@@ -220,58 +183,88 @@ class SecureServer:
             ThrownAway: The inputs were sketched or unmasked, but there is no sum: another round is needed.
             RoundError: Too few sites, attempt after attempt.
         """
-        kept = self._kept(purpose, number, length)
+        kept, begun = self._kept(purpose, number, length), self._resumed(purpose, number, model)
         if kept is not None:
+            if begun is not None:
+                self._journal.remove()
             return kept
         last, unexplained = "", 0
         absent = {site for site, until in self._paused.items() if purpose == "train" and number <= until}
-        for session in self._attempts(purpose, number):
-            left = [site for site in sites if site not in self.expelled]
-            present = [site for site in left if site not in absent]
-            left = present if len(present) >= self.consortium.quorum else left
+        before, _, is_lost = self._begun().get(purpose, [0, 0, 0])
+        if before == number and is_lost:
+            self.lose(f"{purpose} round {number}: the sum was lost before the server was stopped", False)
+        while begun is not None or (begun := self._next(purpose, number, model, sites, absent, unexplained)):
+            start, store = begun
+            absent |= self._named(start.absent)
+            unexplained, left = start.unexplained, self._named(start.sites)
             try:
-                return self._attempt(session, model, left, length, request, on_ready)
+                return self._attempt(start, store, length, request, on_ready)
             except AttemptError as error:
-                last = str(error)
-                absent |= {self.names[site] for site in error.absent}
-                event = {"event": "attempt", "round": number, "purpose": purpose, "attempt": session.attempt}
-                self._federation.tell({**event, "status": "failed", "reason": last})
-                remaining = [site for site in left if site not in self.expelled]
+                last, begun = str(error), None
+                absent |= self._named(error.absent)
+                event = {"event": "attempt", "round": number, "purpose": purpose}
+                event |= {"attempt": start.session.attempt, "status": "failed", "reason": last}
+                self._federation.tell(event)
+                remaining = left - self.expelled.keys()
                 unexplained += remaining == left
                 if len(remaining) < self.consortium.quorum or unexplained == MAX_UNEXPLAINED:
                     break
-            finally:
-                self._store.clear()
+        self._journal.remove()
         raise RoundError(
             f"{purpose} round {number}: no sum could be made: {last or 'no attempt is left'}",
             "rounds.jsonl says which site failed at which step, and each site's log.jsonl why",
         )
 
-    def _begun(self) -> dict[str, list[int]]:
-        """Return round and attempt begun last for each purpose, and whether its inputs were spent."""
-        path = self._folder / "attempts.json"
-        return read_json(path) if path.exists() else {}
+    def _named(self, numbers: Iterable[int]) -> set[str]:
+        return {self.names[number] for number in numbers}
 
-    def _note(self, session: Session, is_spent: bool) -> None:
-        noted = [session.round, session.attempt, int(is_spent)]
+    def _numbered(self, names: Iterable[str]) -> bytes:
+        return bytes(sorted(self.numbers[name] for name in names))
+
+    def _begun(self) -> dict[str, list[int]]:
+        """Return round and attempt begun last for each purpose, and whether its inputs are spent in vain."""
+        found: dict[str, list[int]] = self._load("attempts.json", {})
+        return found
+
+    def _note(self, session: Session, is_lost: bool) -> None:
+        noted = [session.round, session.attempt, int(is_lost)]
         write_json(self._folder / "attempts.json", {**self._begun(), session.purpose: noted})
 
     def next_number(self, purpose: Purpose) -> int:
         """Return the number for a sum that has no round: the last one's, or one more if that is lost."""
-        number, _, is_spent = self._begun().get(purpose, [1, 0, 0])
-        is_kept = (self._folder / "transcripts" / f"{purpose}-{number:04d}").exists()
-        return number + 1 if is_spent and not is_kept else number
+        number, _, is_lost = self._begun().get(purpose, [1, 0, 0])
+        return number + is_lost
 
-    def _attempts(self, purpose: Purpose, number: int) -> Iterator[Session]:
-        before, attempt, is_spent = self._begun().get(purpose, [0, 0, 0])
-        if before == number and is_spent:
-            self.lose(f"{purpose} round {number}: the server was stopped while it made the sum", False)
-        attempt = attempt if before == number else 0
-        while attempt < self.consortium.charter.max_attempts:
-            attempt += 1
-            session = Session(purpose, number, attempt)
-            self._note(session, is_spent=False)
-            yield session
+    def _resumed(self, purpose: Purpose, number: int, model: bytes) -> tuple[Start, VectorStore] | None:
+        """Return the attempt that was under way when the server was stopped, if it is at this sum."""
+        found = self._journal.resume()
+        is_it = found is not None and (found[0].session.purpose, found[0].session.round, found[0].model) == (
+            purpose, number, model,
+        )  # fmt: skip
+        return found if is_it else None
+
+    def _next(
+        self,
+        purpose: Purpose,
+        number: int,
+        model: bytes,
+        sites: Sequence[str],
+        absent: Collection[str],
+        unexplained: int,
+    ) -> tuple[Start, VectorStore] | None:
+        """Begin the next attempt, which is on disk then; None if the charter allows no more."""
+        before, attempt, _ = self._begun().get(purpose, [0, 0, 0])
+        session = Session(purpose, number, attempt + 1 if before == number else 1)
+        if session.attempt > self.consortium.charter.max_attempts:
+            return None
+        self._federation.greet()
+        self.spread_enrolments()
+        left = [site for site in sites if site not in self.expelled]
+        present = [site for site in left if site not in absent]
+        left = present if len(present) >= self.consortium.quorum else left
+        self._note(session, is_lost=False)
+        start = Start(session, model, self._numbered(left), self._numbered(absent), unexplained)
+        return start, self._journal.begin(start)
 
     def lose(self, text: str, is_explained: bool) -> NoReturn:
         """Give up a round whose inputs are spent.
@@ -289,14 +282,13 @@ class SecureServer:
 
     def _attempt(
         self,
-        session: Session,
-        model: bytes,
-        sites: Sequence[str],
+        start: Start,
+        store: VectorStore,
         length: int,
         request: Offered,
         on_ready: Callable[[str], None],
     ) -> SecureSum:
-        """Do one attempt and act on its evidence.
+        """Do one attempt, or the rest of it, and act on its evidence.
 
         Raises:
             AttemptError: It failed before the inputs were spent. ThrownAway: After that.
@@ -305,21 +297,40 @@ class SecureServer:
             self.consortium,
             self._publics,
             self._keys.identity,
-            session,
-            model,
+            start.session,
+            start.model,
             length,
             self.consortium.encoding.norm_bound,
-            self._store,
+            store,
             len(os.sched_getaffinity(0)),
         )
+        steps = Steps(self._federation, self.names, attempt, self._journal, store)
+        offered = request(self.consortium.digest.hex(), attempt.offer())
+
+        def begin_dispute() -> int:
+            """Note a dispute and return how many there were before this round's."""
+            path = self._folder / "disputes" / f"{start.session.round:04d}"
+            write_json(path, {"sites": list(start.sites)})
+            return len(list(path.parent.glob("*"))) - 1
+
         try:
-            return self._steps(attempt, sites, request, on_ready)
+            outcome = steps.run(dict.fromkeys(start.sites, offered), on_ready, begin_dispute)
         except AttemptError as error:
-            self._expel(session, error.evidence)
-            if self._begun()[session.purpose][2]:
-                is_paused = session.purpose == "train" and self._pause(error.absent, session.round)
+            self._expel(start.session, error.evidence)
+            if steps.is_spent:
+                is_paused = start.session.purpose == "train" and self._pause(
+                    error.absent, start.session.round
+                )
+                self._note(start.session, is_lost=True)
+                self._journal.remove()
                 self.lose(str(error), bool(error.evidence) or is_paused)
             raise
+        self._tell_excluded(attempt)
+        self._expel(start.session, attempt.evidence)
+        self._keep(attempt, outcome)
+        self._journal.remove()
+        sites = tuple(self.names[site] for site in attempt.inside)
+        return SecureSum(outcome.total, sites, attempt.level, time.perf_counter() - steps.woven_at)
 
     def _pause(self, absent: Collection[int], number: int) -> bool:
         """Leave sites out of training for as many rounds as there were; return whether there are any."""
@@ -327,89 +338,10 @@ class SecureServer:
         write_json(self._folder / "paused.json", self._paused)
         return bool(absent)
 
-    def _steps(
-        self,
-        attempt: SumRound,
-        sites: Sequence[str],
-        request: Offered,
-        on_ready: Callable[[str], None],
-    ) -> SecureSum:
-        """Do all steps of one attempt, in the order of ``secagg.messages``."""
-        session, number = attempt.session, attempt.session.round
-        offered = request(self.consortium.digest.hex(), attempt.offer())
-
-        def each(step: Step, bodies: Mapping[int, bytes], take: Callable[[int, bytes], None]) -> None:
-            named = {self.names[site]: body for site, body in bodies.items()}
-            list(self._gather(step, number, named, lambda site, reply: take(site, reply.body.tobytes())))
-
-        def take_ready(site: int, reply: SecureReply) -> None:
-            attempt.add_ready(site, reply.body.tobytes())
-
-        def take_masked(site: int, reply: SecureReply) -> None:
-            attempt.add_masked(site, reply.body.tobytes(), reply.masked)
-
-        for site in self._gather("ready", number, {}, take_ready, dict.fromkeys(sites, offered)):
-            on_ready(site)
-        started = time.perf_counter()
-        bodies = {self.names[site]: body for site, body in attempt.weave().items()}
-        list(self._gather("mask", number, bodies, take_masked))
-        if attempt.level != "sum":
-            each("beacon", dict.fromkeys(attempt.views.masked, attempt.masked_roll()), attempt.add_beacon)
-            roll = attempt.beacon_roll()
-            self._note(session, is_spent=True)
-            each("sketch", dict.fromkeys(attempt.views.beacons, roll), attempt.add_sketch)
-        if attempt.level == "gram":
-            each("hold", attempt.hold(), attempt.add_products)
-        try:
-            accepted = attempt.accept()
-        except Disputed as error:
-            raise AttemptError(str(error), self._verdict(attempt, None)) from None
-        each("accept", dict.fromkeys(attempt.inside, accepted), attempt.add_ack)
-        while attempt.needs_shrinking:
-            accepted = attempt.shrink()
-            each("accept", dict.fromkeys(attempt.inside, accepted), attempt.add_ack)
-        roll = attempt.ack_roll()
-        self._note(session, is_spent=True)
-        each("unmask", dict.fromkeys(attempt.views.acks, roll), attempt.add_unmask)
-        outcome = attempt.finish()
-        if not outcome.fits:
-            text = f"{session}: the sum is not the sum of the sketches"
-            raise AttemptError(text, [*attempt.evidence, *self._verdict(attempt, outcome)])
-        self._tell_excluded(attempt)
-        self._expel(session, attempt.evidence)
-        self._keep(attempt, outcome)
-        sites = tuple(self.names[site] for site in attempt.inside)
-        return SecureSum(outcome.total, sites, attempt.level, time.perf_counter() - started)
-
     def _tell_excluded(self, attempt: SumRound) -> None:
         for site, reason in attempt.excluded.items():
             event = {"event": attempt.session.purpose, "round": attempt.session.round}
             self._federation.tell({**event, "site": self.names[site], "status": "refused", "reason": reason})
-
-    def _verdict(self, attempt: SumRound, outcome: MaskedSum | None) -> list[Evidence]:
-        """Hold a dispute and return what it proves."""
-        trial, number = Trial(attempt, outcome), attempt.session.round
-        limit = max(1, self.consortium.charter.max_colluding)
-        held = len(list((self._folder / "disputes").glob("*")))
-        write_json(self._folder / "disputes" / f"{number:04d}", {"sites": trial.sites})
-
-        def take_report(site: int, reply: SecureReply) -> None:
-            trial.add_report(site, reply.body.tobytes())
-
-        def excuse(site: int, code: str) -> None:
-            if code == "protocol: openings" and held >= limit:
-                trial.excuse(site)
-
-        bodies = {self.names[site]: trial.request() for site in trial.sites}
-        list(self._gather("dispute", number, bodies, take_report, on_refusal=excuse))
-        for pair in trial.disputed_pairs():
-            for site, peer in (pair, pair[::-1]):
-
-                def take(i: int, reply: SecureReply, peer: int = peer) -> None:
-                    trial.add_opening(i, peer, reply.body.tobytes())
-
-                list(self._gather("open", number, {self.names[site]: trial.open_request(site, peer)}, take))
-        return trial.verdict()
 
     def _expel(self, session: Session, evidence: Sequence[Evidence]) -> None:
         for item in evidence:

@@ -4,9 +4,12 @@ The steps themselves are ``fedvision.secagg.site``. Rules:
 - Roster and charter count only with the signature of the governance key that this site has pinned, and the
   charter only if it says what the job says.
 - What a step changes is stored in the ``Vault`` before its answer is returned.
+- The last request is answered again, as often as it is asked, with the bytes of before: an answer may have
+  been lost on its way, or together with the server. See ``SecureSite.answer``.
 """
 
 import functools
+import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +28,7 @@ from fedvision.secagg.roster import level_for, parse_signed
 from fedvision.secagg.schedule import Consortium, read_server
 from fedvision.updates.layout import Layout
 from fedvision.wire.messages import SecureReply, SecureRequest, as_vector
-from fedvision_sites.vault import EnrolmentFile, Vault, pin_job
+from fedvision_sites.vault import EnrolmentFile, SessionFile, Vault, pin_job
 
 NOTHING = np.zeros(0, np.uint32)
 
@@ -45,36 +48,49 @@ class SecureConfig:
     guard: Path
 
 
+def check_documents(
+    config: SecureConfig, name: str, job: Job, layout: Layout, documents_bytes: bytes
+) -> Consortium:
+    """Return roster and charter, after every check that a site can make before it decides.
+
+    Args:
+        config: Keys and trust.
+        name: This site's name in the roster.
+        job: The job; what the charter says must agree with it.
+        layout: Of the job's network.
+        documents_bytes: The encoded ``Documents``.
+
+    Raises:
+        ProtocolError, MessageError: A document is not signed by the pinned key, or not what it must be.
+        StorageError: The site's own key cannot be read.
+    """
+    consortium = read_documents(decode(documents_bytes, Documents), config.governance)
+    own = identity.load(config.identity)
+    number = consortium.roster.number_of(name)
+    if bytes.fromhex(consortium.roster.member(number).key) != own.public:
+        raise ProtocolError("roster", "the roster has another key for this site")
+    check_charter(consortium, job, layout)
+    return consortium
+
+
 def enrol(
     config: SecureConfig, name: str, state: Path, job: Job, layout: Layout, documents_bytes: bytes
 ) -> bytes:
     """Check roster and charter, make a key for each peer, and return the signed ``Enrolment``.
 
-    Asked again, it returns the same enrolment.
-
-    Args:
-        config: Keys and trust.
-        name: This site's name in the roster.
-        state: Its state folder.
-        job: The job; what the charter says must agree with it.
-        layout: Of the job's network.
-        documents_bytes: The encoded ``Documents``.
+    Asked again, it returns the same enrolment. Arguments are those of ``check_documents``, and ``state``, the
+    site's folder of the job.
 
     Returns:
         The encoded, signed ``Enrolment``; nothing for a site that the charter does not enrol, because it
         only tests.
 
     Raises:
-        ProtocolError, MessageError: A document is not signed by the pinned key, or not what it must be.
-        StorageError: The site's own key cannot be read.
+        ProtocolError, MessageError, StorageError: See ``check_documents``.
     """
+    consortium = check_documents(config, name, job, layout, documents_bytes)
     documents = decode(documents_bytes, Documents)
-    consortium = read_documents(documents, config.governance)
-    own = identity.load(config.identity)
-    number = consortium.roster.number_of(name)
-    if bytes.fromhex(consortium.roster.member(number).key) != own.public:
-        raise ProtocolError("roster", "the roster has another key for this site")
-    check_charter(consortium, job, layout)
+    own, number = identity.load(config.identity), consortium.roster.number_of(name)
     pin_job(config.guard, job.digest(), consortium.digest)
     if number not in consortium.charter.sites:
         return b""
@@ -192,13 +208,30 @@ class SecureSite:
         own = identity.load(self._config.identity)
         return SiteMember(self.consortium, found.number, own, secrets, publics)
 
+    def read_offer(self, offer: bytes) -> Session:
+        """Return the session of an offer.
+
+        Raises:
+            ProtocolError, MessageError: The offer is not the server's.
+        """
+        return read_server(self.consortium, offer, Offer).session
+
+    def repeated(self, offer: bytes, model: bytes) -> bytes | None:
+        """Return the ``ReadyUpload`` of before, if this very offer is what was answered last; else None."""
+        session, marks = self.read_offer(offer), self._vault.marks()
+        mark = marks.of(session.purpose)
+        if (session.round, session.attempt) != (mark.round, mark.attempt):
+            return None
+        found = self._vault.last(marks)
+        return found.answer if found.request == request_digest("ready", offer + model) else None
+
     def open_session(self, offer: bytes) -> Session:
         """Return the session of an offer, if this site may begin it; called before the work is done.
 
         Raises:
             ProtocolError: The offer is not the server's, or the session is not later than all before.
         """
-        session = read_server(self.consortium, offer, Offer).session
+        session = self.read_offer(offer)
         self._vault.marks().begun(session)
         return session
 
@@ -213,18 +246,29 @@ class SecureSite:
     def begin(self, offer: bytes, model: bytes, vector: MaskVector) -> bytes:
         """Return the ``ReadyUpload`` of a session; see ``fedvision.secagg.site.begin``."""
         marks, state, answer = protocol.begin(self.member, self._vault.marks(), offer, model, vector)
-        self._vault.save(marks, state)
+        self._vault.save(marks, SessionFile(state, request_digest("ready", offer + model), answer))
         return answer
 
     def answer(self, request: SecureRequest) -> SecureReply:
-        """Do one step after ``begin``.
+        """Do one step after ``begin``, or answer the last one again.
+
+        Guarantee: what was answered last is answered again with the same bytes, and only for a request of the
+        same step and the same bytes; marks and session stay as they are. The answer is read from disk; a
+        masked input, which is too large to be kept twice, is made again from the kept input and keys, and
+        returned only if it has the hash that was signed. So whoever asks again learns nothing that the
+        answer did not tell: no mask covers two inputs, no key, share or number leaves that had not left,
+        and nothing new is signed.
 
         Raises:
             ProtocolError, MessageError: The step is refused.
         """
         marks, body, masked = self._vault.marks(), request.body.tobytes(), NOTHING
-        state, member = self._vault.session(marks), self.member
-        step = request.step
+        last, member, step = self._vault.last(marks), self.member, request.step
+        state, asked = last.session, request_digest(request.step, body)
+        if last.request == asked:
+            if state.phase == "masked":
+                masked = protocol.mask_again(member, state, self._input(state), self._threads)
+            return self._reply(request, last.answer, masked)
         if step == "mask":
             marks, state, answer, vector = protocol.mask(
                 member, marks, state, body, self._input(state), self._threads
@@ -247,11 +291,20 @@ class SecureSite:
             marks, state, answer = dispute.open_pair(member, marks, state, body, length)
         else:
             raise ProtocolError("phase", f"no such step after {state.phase}")
-        self._vault.save(marks, state)
-        return SecureReply(request.job_digest, self._name, request.round, step, as_vector(answer), masked)
+        self._vault.save(marks, SessionFile(state, asked, answer))
+        return self._reply(request, answer, masked)
+
+    def _reply(self, request: SecureRequest, answer: bytes, masked: MaskVector) -> SecureReply:
+        body = as_vector(answer)
+        return SecureReply(request.job_digest, self._name, request.round, request.step, body, masked)
 
     def _input(self, state: protocol.SiteSession) -> MaskVector:
         found = self._vault.load_input(state.session, state.model)
         if found is None:
             raise ProtocolError("input", f"{state.session}: the site's input is gone")
         return found
+
+
+def request_digest(step: str, body: bytes) -> bytes:
+    """Return the SHA-256 that tells whether a request is the one of before."""
+    return hashlib.sha256(step.encode() + b"|" + body).digest()

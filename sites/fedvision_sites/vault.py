@@ -1,28 +1,33 @@
 """What a site keeps on disk for secure aggregation, all 0600, written whole or not at all.
 
+    STATE/documents                  the signed roster and charter of the job
     STATE/secagg/CHARTER/enrolment   roster, charter, this site's pair keys, later everybody's public keys
-    STATE/secagg/CHARTER/session     secrets and progress of the session under way
+    STATE/secagg/CHARTER/session     secrets and progress of the session under way, and the last answer
+    STATE/secagg/CHARTER/session.next  the same after a step, until its marks are on disk
     STATE/secagg/CHARTER/input-*     its encoded input, so that another attempt needs no new training
-    GUARD/CHARTER                    the high-water marks
+    GUARD/CHARTER                    the high-water marks, and the hash of the session's file
     GUARD/job-JOB                    the charter that was checked for the job
     GUARD/released-JOB               the model whose test results the site released on its own
 
 Rules:
-- Marks are on disk before an answer leaves, and before the session that goes with them.
-- The marks lie in another folder than the state, which backups should leave out. A session whose step is not
-  the marks' step is of a restored backup, or of a write that a crash cut off: it is dead. So an old
-  state folder brings back no session; and what it lost, the site counts as a drop-out, no more.
+- A step writes the new session beside the old one, then the marks, which name it by its hash, and then the
+  answer leaves. So a step counts from the moment its marks have their name: a site that is killed before is
+  where it was, and what it drew for that step never left; one that is killed after has the answer on disk.
+- The marks lie in another folder than the state, which backups should leave out. A session that is not the
+  one whose hash the marks hold is of a restored backup: it is dead. So an old state folder brings back no
+  session; and what it lost, the site counts as a drop-out, no more.
 - Without its marks a site that was enrolled does not answer: nothing shows how far it went.
 """
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import numpy as np
 
 from fedvision.errors import MessageError, ProtocolError, StorageError
-from fedvision.secagg.codec import U8, AtMost, decode, encode, message
+from fedvision.secagg.codec import U8, AtMost, Bytes32, decode, encode, message
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.messages import EnrolmentRoll, PairPublic, Session, Signed
 from fedvision.secagg.site_state import Marks, SiteSession
@@ -43,6 +48,21 @@ class EnrolmentFile:
     secrets: Annotated[tuple[PairPublic, ...], AtMost(255)] = field(repr=False)
     own: Signed
     roll: EnrolmentRoll
+
+
+@message(211)
+@dataclass(frozen=True)
+class SessionFile:
+    """A session after a step, with the request of that step and its answer.
+
+    Attributes:
+        request: SHA-256 of step and request.
+        answer: The encoded answer; a masked input is made again instead.
+    """
+
+    session: SiteSession
+    request: Bytes32
+    answer: Annotated[bytes, AtMost(1 << 28)] = field(repr=False)
 
 
 def pin_job(guard: Path, job_digest: str, charter: bytes) -> None:
@@ -95,6 +115,18 @@ def pin_release(guard: Path, job_digest: str, model: bytes) -> None:
         write_atomic(path, model, PRIVATE)
     elif path.read_bytes() != model:
         raise ProtocolError("released", "this site released test results of another model of this job")
+
+
+def save_documents(state: Path, documents: bytes) -> None:
+    """Keep the encoded ``Documents`` under which a site takes part in a job, once they are checked."""
+    if load_documents(state) != documents:
+        write_atomic(state / "documents", documents, PRIVATE)
+
+
+def load_documents(state: Path) -> bytes:
+    """Return the kept ``Documents``; nothing where there are none."""
+    path = state / "documents"
+    return path.read_bytes() if path.exists() else b""
 
 
 class Vault:
@@ -152,22 +184,32 @@ class Vault:
             raise StorageError(f"cannot read the high-water marks {self._guard}: {error}") from None
 
     def session(self, marks: Marks) -> SiteSession:
-        """Return the session under way.
+        """Return the session under way; see ``last``."""
+        return self.last(marks).session
+
+    def last(self, marks: Marks) -> SessionFile:
+        """Return the session under way, with its last request and answer.
 
         Raises:
-            ProtocolError: There is none, or it is older than the marks.
+            ProtocolError: There is none, or none that is the marks'.
+            StorageError: It is damaged.
         """
-        found = self._read("session", SiteSession)
-        if found is None:
+        if not marks.session:
             raise ProtocolError("phase", "no session is under way")
-        if found.step != marks.step:
-            raise ProtocolError("old-state", "the state folder is older than the high-water marks")
-        return found
+        for name in ("session", "session.next"):
+            found = self._read(name, SessionFile)
+            if found is not None and _digest(encode(found)) == marks.session:
+                if name == "session.next":  # a kill came between the marks and its name
+                    (self._folder / name).replace(self._folder / "session")
+                return found
+        raise ProtocolError("old-state", "the state folder is older than the high-water marks")
 
-    def save(self, marks: Marks, session: SiteSession) -> None:
-        """Store marks, then session: after this the answer may leave."""
-        write_atomic(self._guard, encode(marks), PRIVATE)
-        write_atomic(self._folder / "session", encode(session), PRIVATE)
+    def save(self, marks: Marks, file: SessionFile) -> None:
+        """Store a session and the marks that go with it: after this the answer may leave."""
+        content, following = encode(file), self._folder / "session.next"
+        write_atomic(following, content, PRIVATE)
+        write_atomic(self._guard, encode(replace(marks, session=_digest(content))), PRIVATE)
+        following.replace(self._folder / "session")
 
     def _input_path(self, session: Session, model: bytes) -> Path:
         return self._folder / f"input-{session.purpose}-{session.round:04d}-{model.hex()}"
@@ -198,3 +240,7 @@ class Vault:
             return None
         except (OSError, MessageError) as error:
             raise StorageError(f"cannot read {path}: {error}") from None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()

@@ -16,22 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import ValidationError
-from torch import nn
 
 from fedvision.config import Job
 from fedvision.data.manifest import Case, Manifest, load_manifest, pool_manifests
 from fedvision.data.readers import CaseStore, Sample
 from fedvision.errors import ConfigError, DataError, FedvisionError, MessageError, ProtocolError
+from fedvision.secagg.codec import decode
+from fedvision.secagg.masking import MaskVector
+from fedvision.secagg.messages import Documents, Purpose
 from fedvision.storage import append_line, write_text
-from fedvision.tasks import CaseResult, initial_network, local_names, task_module
+from fedvision.tasks import CaseResult, task_module
 from fedvision.training.evaluation import evaluate
 from fedvision.training.loop import TrainingResult, train
 from fedvision.updates.layout import (
-    Layout,
     flatten,
     float_tensors,
-    layout_of,
     load_vector,
     model_digest,
 )
@@ -50,6 +49,7 @@ from fedvision.wire.messages import (
     TrainRequest,
     as_vector,
 )
+from fedvision_sites.preparation import Prepared, build, draw_examples, parse_sent_job
 from fedvision_sites.release import (
     ReleasedUpdate,
     encode_judgement,
@@ -57,11 +57,30 @@ from fedvision_sites.release import (
     release_statistics,
     release_update,
 )
-from fedvision_sites.secure import NOTHING, SecureConfig, SecureSite, enrol
+from fedvision_sites.secure import NOTHING, SecureConfig, SecureSite, enrol, read_documents
 from fedvision_sites.state import load_local, save_local
-from fedvision_sites.vault import check_job, pin_release
+from fedvision_sites.vault import check_job, load_documents, pin_release, save_documents
 
 logger = logging.getLogger(__name__)
+Decide = Callable[[Job, bytes, Manifest], str]
+"""Says whether a job may run: from the job, its signed documents (``secagg.messages.Documents``, encoded and
+verified; empty without secure aggregation) and the site's data set. Returns "" or a code that travels:
+``WAITING`` while nobody decided, ``DENIED`` if they said no, ``POLICY`` if its policy does."""
+WAITING, DENIED, POLICY = "waiting", "denied", "policy"
+
+
+class Withheld(FedvisionError):
+    """The site's people or its policy do not let a job run, or not yet.
+
+    Args:
+        reason: The code that travels.
+    """
+
+    code = "policy"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"this site does not run the job: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,8 @@ class SiteConfig:
         cache_bytes: Memory for decoded cases.
         resampling_seed: Draws the bootstrap resamples; the site's own, never sent.
         secure: Its keys for secure aggregation; None if it takes part in jobs without it only.
+        decide: Is asked before anything of a job runs, and again at every request that has a job in it; must
+            be hashable, as functions and bound methods are. None lets every job run.
     """
 
     name: str
@@ -85,18 +106,7 @@ class SiteConfig:
     cache_bytes: int
     resampling_seed: int = field(repr=False)
     secure: SecureConfig | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A job made ready at this site: parsed, checked, with network and data at hand."""
-
-    job: Job
-    network: nn.Module
-    layout: Layout
-    local: frozenset[str]
-    initial_local: dict[str, torch.Tensor]
-    device: torch.device
+    decide: Decide | None = None
 
 
 class Site:
@@ -140,29 +150,42 @@ class Site:
         return self._manifest, self._store[1]
 
     def _prepare(self, request: HelloRequest | TrainRequest | EvaluateRequest) -> Prepared:
-        if self._prepared is None or self._prepared[0] != request.job_digest:
-            job = parse_sent_job(request.job_json, request.job_digest)
-            if self.config.secure is not None and not job.aggregation.secure:
-                raise ProtocolError(
-                    "secure-only", "this site takes part in jobs with secure aggregation only"
-                )
-            check_agrees(self._data(job)[0], job)
-            network = initial_network(job)
-            local = local_names(network, job)
-            layout = layout_of(network, local)
-            own = float_tensors(network)
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            kept = {name: own[name].clone() for name in sorted(local)}
-            self._prepared = (
-                request.job_digest,
-                Prepared(job, network.to(device), layout, local, kept, device),
-            )
+        known = self._prepared is not None and self._prepared[0] == request.job_digest
+        job = self._prepared[1].job if self._prepared and known else self._read_job(request)
+        self._require_leave(request, job)
+        if self._prepared is None or not known:
+            self._prepared = (request.job_digest, build(job))
         if self.config.secure is not None and not isinstance(request, HelloRequest):
             check_job(self.config.secure.guard, request.job_digest, request.charter)
         prepared = self._prepared[1]
         if prepared.layout.digest != request.layout_digest:
             raise MessageError("the server's weights have another layout than this site's network")
         return prepared
+
+    def _read_job(self, request: HelloRequest | TrainRequest | EvaluateRequest) -> Job:
+        job = parse_sent_job(request.job_json, request.job_digest)
+        if self.config.secure is not None and not job.aggregation.secure:
+            raise ProtocolError("secure-only", "this site takes part in jobs with secure aggregation only")
+        check_agrees(self._data(job)[0], job)
+        return job
+
+    def _require_leave(self, request: HelloRequest | TrainRequest | EvaluateRequest, job: Job) -> None:
+        """Ask whether the job may run here; nothing of it is built before.
+
+        Raises:
+            Withheld: It may not, or not yet.
+        """
+        if self.config.decide is None:
+            return
+        documents = b""
+        if job.aggregation.secure:
+            documents = load_documents(self.config.state)
+            if isinstance(request, HelloRequest):
+                documents = request.documents.tobytes()
+            read_documents(decode(documents, Documents), self._secure_config().governance)
+        reason = self.config.decide(job, documents, self._data(job)[0])
+        if reason:
+            raise Withheld(reason)
 
     def _load(self, prepared: Prepared, weights: np.ndarray, after_round: int) -> None:
         """Set the network to the sent weights and to this site's local layers as of ``after_round``."""
@@ -190,6 +213,7 @@ class Site:
                 prepared.layout,
                 request.documents.tobytes(),
             )
+            save_documents(self.config.state, request.documents.tobytes())
         return HelloReply(request.job_digest, self.config.name, train, val, test, as_vector(enrolment))
 
     def _secure_config(self) -> SecureConfig:
@@ -231,17 +255,37 @@ class Site:
                 result.seconds,
                 released.update,
             )
-        site, offer = self._secure_site(request.charter), request.offer.tobytes()
-        session, model = site.open_session(offer), model_digest(request.weights)
-        if session.purpose != "train" or session.round != request.round:
-            raise ProtocolError("session", f"{session}: the offer is not for training in this round")
-        vector = site.pending(session, model)
-        if vector is None:
+        site = self._secure_site(request.charter)
+
+        def make() -> MaskVector:
             released, result = self._train_locally(request, prepared, cases)
             key = (self.config.name, request.round)
-            vector = encode_update(released, len(cases), result.loss, job, site.consortium, key)
-            site.keep(session, model, vector)
-        answer = site.begin(offer, model, vector)
+            return encode_update(released, len(cases), result.loss, job, site.consortium, key)
+
+        return self._get_ready(request, site, "train", make)
+
+    def _get_ready(
+        self,
+        request: TrainRequest | EvaluateRequest,
+        site: SecureSite,
+        purpose: Purpose,
+        make: Callable[[], MaskVector],
+    ) -> SecureReply:
+        """Begin a session: with the input of an earlier attempt if there is one, else with the one that
+        ``make`` returns. The offer that was answered last is answered again with the same bytes."""
+        offer, model = request.offer.tobytes(), model_digest(request.weights)
+        session = site.read_offer(offer)
+        is_numbered = session.round == request.round or purpose == "test"
+        if session.purpose != purpose or not is_numbered:
+            raise ProtocolError("session", f"{session}: the offer is not for this round of {purpose}")
+        answer = site.repeated(offer, model)
+        if answer is None:
+            site.open_session(offer)
+            vector = site.pending(session, model)
+            if vector is None:
+                vector = make()
+                site.keep(session, model, vector)
+            answer = site.begin(offer, model, vector)
         return ready_reply(self.config.name, request.job_digest, request.round, "ready", answer)
 
     def _train_locally(
@@ -282,18 +326,12 @@ class Site:
             if job.aggregation.secure:
                 pin_release(self._secure_config().guard, request.job_digest, model_digest(request.weights))
             return self._judge(request, prepared)
-        site, offer = self._secure_site(request.charter), request.offer.tobytes()
-        session, model = site.open_session(offer), model_digest(request.weights)
-        purpose = {"val": "validate", "test": "test"}[request.split]
-        is_numbered = session.round == request.round or purpose == "test"
-        if session.purpose != purpose or not is_numbered:
-            raise ProtocolError("session", f"{session}: the offer is not for this split and round")
-        vector = site.pending(session, model)
-        if vector is None:
-            vector = encode_judgement(self._judge(request, prepared).statistics, job, request.is_final)
-            site.keep(session, model, vector)
-        answer = site.begin(offer, model, vector)
-        return ready_reply(self.config.name, request.job_digest, request.round, "ready", answer)
+        purpose: Purpose = "validate" if request.split == "val" else "test"
+
+        def make() -> MaskVector:
+            return encode_judgement(self._judge(request, prepared).statistics, job, request.is_final)
+
+        return self._get_ready(request, self._secure_site(request.charter), purpose, make)
 
     def _judge(self, request: EvaluateRequest, prepared: Prepared) -> EvaluateReply:
         """Judge the model on the site's cases of a split."""
@@ -318,7 +356,8 @@ class Site:
         if request.is_final:
             text = "".join(json.dumps(record) + "\n" for record in records)
             write_text(self.config.state / f"{request.split}-cases.jsonl", text)
-            self._draw_examples(job, [cases[index] for _, index in sorted(scores)], judge)
+            ordered = [cases[index] for _, index in sorted(scores)]
+            draw_examples(self.config.state / "examples", self.config.name, job, ordered, judge)
         resamples = job.evaluation.bootstrap if request.is_final else 0
         patients = [case.patient for case in cases]
         statistics = release_statistics(rows, patients, resamples, self.config.resampling_seed)
@@ -332,26 +371,11 @@ class Site:
             statistics,
         )
 
-    def _draw_examples(
-        self,
-        job: Job,
-        ordered: Sequence[Case],
-        judge: Callable[[Sequence[Case]], list[tuple[Sample, CaseResult]]],
-    ) -> None:
-        """Draw the best, median and worst case, ``ordered`` from worst to best, into the site's folder."""
-        from fedvision.report.examples import draw_example
-
-        if not ordered:
-            return
-        chosen = {"worst": ordered[0], "median": ordered[len(ordered) // 2], "best": ordered[-1]}
-        for label, case in chosen.items():
-            ((sample, result),) = judge([case])
-            path = self.config.state / "examples" / f"{label}.png"
-            draw_example(sample, result, job, path, f"{self.config.name}: {label} test case")
-
 
 def refusal_code(error: FedvisionError) -> str:
     """Return what a refusal says: the class of error and, for a rule of the protocol, its name."""
+    if isinstance(error, Withheld):
+        return error.reason
     return f"{error.code}: {error.rule}" if isinstance(error, ProtocolError) else error.code
 
 
@@ -363,21 +387,6 @@ def ready_reply(site: str, job_digest: str, number: int, step: Step, answer: byt
 def may_release(split: str, job: Job) -> bool:
     """Whether a site may send its sums of a split in the clear."""
     return split == "test" and "test" in job.secure_aggregation.release
-
-
-def parse_sent_job(job_json: str, job_digest: str) -> Job:
-    """Validate a job that came in a message.
-
-    Raises:
-        MessageError: It does not validate, or is not the job of that digest.
-    """
-    try:
-        job = Job.model_validate_json(job_json)
-    except ValidationError:
-        raise MessageError("the sent job is not valid for this version of fedvision") from None
-    if job.digest() != job_digest or job.data is not None:
-        raise MessageError("the sent job does not have the announced digest")
-    return job
 
 
 def check_agrees(manifest: Manifest, job: Job) -> None:

@@ -60,7 +60,7 @@ def test_the_level_follows_from_the_number_of_sites_and_weights(
 def test_level_gram_runs_with_four_sites(tiny, run_tiny: Run) -> None:
     write_site(tiny.root, "d")
     hidden = model(run_tiny(tiny.secure("gram", rounds=1), "hidden"))
-    plain = model(run_tiny(tiny.changed(rounds=1), "plain"))
+    plain = model(run_tiny(tiny.changed(rounds=1, secure_aggregation__level="gram"), "plain"))
     assert np.abs(hidden - plain).max() < 1e-6
 
 
