@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedvision.errors import MessageError
 from fedvision.wire import messages as m
-from fedvision.wire.records import KINDS, pack, unpack
+from fedvision.wire.records import INLINE_BYTES, KINDS, pack, unpack
 
 WEIGHTS = np.arange(5, dtype=np.float32)
 BYTES = np.arange(3, dtype=np.uint8)
@@ -71,9 +71,29 @@ def test_another_kind_than_expected_is_refused() -> None:
 @pytest.mark.parametrize("wrong", [WEIGHTS.astype(np.float64), WEIGHTS.astype(np.int32), np.array(["a"])])
 def test_an_array_of_another_type_is_refused(wrong: np.ndarray) -> None:
     content = pack(EXAMPLES[3])
-    content["arrays"] = ArrayRecord({"update": Array(wrong)})
+    content["message"] = ConfigRecord({**content["message"], "update": Array(wrong).data})
     with pytest.raises(MessageError):
         unpack(content, m.TrainReply)
+
+
+def test_large_arrays_travel_apart_and_small_ones_beside_the_scalars() -> None:
+    large = dataclasses.replace(EXAMPLES[3], update=np.zeros(INLINE_BYTES // 4 + 1, np.float32))
+    apart = pack(large)
+    assert list(apart["arrays"]) == ["update"]
+    assert np.array_equal(unpack(apart, m.TrainReply).update, large.update)
+    small = pack(EXAMPLES[3])
+    assert list(small) == ["message"]
+    inside = ConfigRecord({**apart["message"], "update": apart["arrays"]["update"].data})
+    outside = ArrayRecord({"update": Array(WEIGHTS)})
+    scalars = {key: value for key, value in small["message"].items() if key != "update"}
+    for wrong in (
+        RecordDict({"message": inside}),
+        RecordDict({"message": ConfigRecord(scalars), "arrays": outside}),
+        RecordDict({"message": small["message"], "arrays": outside}),
+        RecordDict({"message": ConfigRecord(scalars)}),
+    ):
+        with pytest.raises(MessageError):
+            unpack(wrong, m.TrainReply)
 
 
 def test_a_header_that_promises_more_than_arrived_reserves_nothing() -> None:
@@ -82,9 +102,7 @@ def test_a_header_that_promises_more_than_arrived_reserves_nothing() -> None:
     data = honest.replace(b"(5,), }         ", b"(999999999999,)}", 1)
     assert len(data) == len(honest)
     assert data != honest
-    content["arrays"] = ArrayRecord(
-        {"update": Array(dtype="float32", shape=(5,), stype="numpy.ndarray", data=data)}
-    )
+    content["message"] = ConfigRecord({**content["message"], "update": data})
     with pytest.raises(MessageError):
         unpack(content, m.TrainReply)
 
@@ -93,9 +111,7 @@ def test_a_header_that_promises_more_than_arrived_reserves_nothing() -> None:
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_as_an_array_raise_a_message_error_and_nothing_else(data: bytes) -> None:
     content = pack(EXAMPLES[3])
-    content["arrays"] = ArrayRecord(
-        {"update": Array(dtype="float32", shape=(5,), stype="numpy.ndarray", data=data)}
-    )
+    content["message"] = ConfigRecord({**content["message"], "update": data})
     with pytest.raises(MessageError):
         unpack(content, m.TrainReply)
 

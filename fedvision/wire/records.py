@@ -1,7 +1,10 @@
 """Messages to Flower records and back: the only place that knows Flower's types.
 
-A message becomes one ConfigRecord with its scalars and one ArrayRecord with its arrays. ``unpack`` takes
-a record of exactly the declared fields and types, or raises ``MessageError``.
+A message becomes one ConfigRecord with its scalars and small arrays, and one ArrayRecord with its large
+arrays. ``unpack`` takes a record of exactly the declared fields and types, or raises ``MessageError``.
+
+Each record, and each chunk of an array, costs Flower a request at the sender and one at the receiver. Steps
+of secure aggregation are small and many, so they travel as a single ConfigRecord.
 """
 
 import dataclasses
@@ -28,7 +31,11 @@ from fedvision.wire.messages import (
     TrainRequest,
 )
 
-FORMAT = 2
+FORMAT = 3
+INLINE_BYTES = 1 << 18
+"""Arrays up to this size travel beside the scalars, in NPY format 1.0 like the others."""
+SEAL_PREFIX = "seal."
+"""Begins the fields of a seal, see ``wire.envelope``; they are no part of the message."""
 KINDS: dict[str, type] = {
     "hello": HelloRequest,
     "hello-reply": HelloReply,
@@ -61,12 +68,16 @@ ARRAY_TYPES = {
 
 def pack(message: Request | Reply) -> RecordDict:
     """Return the Flower record of a message."""
-    scalars: dict[str, str | int | float | bool] = {"format": FORMAT, "kind": NAMES[type(message)]}
+    scalars: dict[str, str | int | float | bool | bytes] = {"format": FORMAT, "kind": NAMES[type(message)]}
     arrays = {}
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
         if field.name in ARRAY_TYPES:
-            arrays[field.name] = Array(np.ascontiguousarray(value))
+            array = Array(np.ascontiguousarray(value))
+            if value.nbytes > INLINE_BYTES:
+                arrays[field.name] = array
+            else:
+                scalars[field.name] = array.data
         else:
             scalars[field.name] = value
     content = RecordDict({"message": ConfigRecord(scalars)})
@@ -96,24 +107,27 @@ def unpack(content: RecordDict, expected: type | UnionType) -> typing.Any:
     """
     try:
         return _unpack(content, expected)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, EOFError) as error:
         raise MessageError(f"message cannot be read: {type(error).__name__}") from None
 
 
-def _read_array(record: Array, dtype: type) -> np.ndarray[typing.Any, typing.Any]:
+def _read_array(data: bytes, dtype: type, is_inline: bool) -> np.ndarray[typing.Any, typing.Any]:
     """Return a view of the bytes that arrived; nothing is allocated on the word of a header."""
-    file = io.BytesIO(record.data)
+    file = io.BytesIO(data)
     if np.lib.format.read_magic(file) != (1, 0):
         raise MessageError("arrays must be in NPY format 1.0")
     shape, is_fortran, found = np.lib.format.read_array_header_1_0(file)
-    body = memoryview(record.data)[file.tell() :]
+    body = memoryview(data)[file.tell() :]
     if found != dtype or is_fortran or body.nbytes != math.prod(shape) * np.dtype(dtype).itemsize:
         raise MessageError(f"an array must be {np.dtype(dtype)} in C order, of its declared shape")
+    if is_inline != (body.nbytes <= INLINE_BYTES):
+        raise MessageError("an array is in the other part of the message than one of its size must be")
     return np.frombuffer(body, dtype=dtype).reshape(shape)
 
 
 def _unpack(content: RecordDict, expected: type | UnionType) -> typing.Any:
-    scalars = dict(content["message"])
+    scalars = {key: value for key, value in content["message"].items() if not key.startswith(SEAL_PREFIX)}
+    arrays = dict(content["arrays"]) if "arrays" in content else {}
     version = scalars.pop("format", None)
     if type(version) is not int or version != FORMAT:
         raise MessageError(f"message format must be {FORMAT}")
@@ -125,10 +139,12 @@ def _unpack(content: RecordDict, expected: type | UnionType) -> typing.Any:
     values: dict[str, typing.Any] = {}
     for field in dataclasses.fields(kind):
         if field.name in ARRAY_TYPES:
-            values[field.name] = _read_array(content["arrays"][field.name], ARRAY_TYPES[field.name])
+            is_inline = field.name in scalars
+            data = scalars.pop(field.name) if is_inline else arrays.pop(field.name).data
+            values[field.name] = _read_array(data, ARRAY_TYPES[field.name], is_inline)
         else:
             values[field.name] = scalars.pop(field.name)
             _check_scalar(field.name, values[field.name], hints[field.name])
-    if scalars:
-        raise MessageError(f"unknown field {sorted(scalars)[0]!r}")
+    if scalars or arrays:
+        raise MessageError(f"unknown field {sorted([*scalars, *arrays])[0]!r}")
     return kind(**values)

@@ -1,0 +1,331 @@
+"""Flower's SuperLink, wrapped: for the sites a port with client certificates, all the rest on loopback.
+
+    python -m fedvision_server.superlink HOME
+
+    fleet port      TLS 1.3, a client certificate of this federation's CA required; a few /v1/fleet/ paths
+    loopback port   Flower's Control and Runtime interfaces, for the supervisor and the ServerApp
+
+Rules:
+- On the fleet port a request passes if its path is one that a worker needs, its certificate is that of an
+  enrolled site that is not revoked, and the Flower node key in it is the one enrolled with that site.
+- On loopback the Control interface wants the secret in HOME/flower/control.secret, which only the owner of
+  HOME can read: other users of the host can't submit, list or stop.
+- State is in HOME/flower/superlink.db (SQLite); process isolation; no installs, no telemetry.
+"""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hmac
+import logging
+import math
+import os
+import secrets
+import ssl
+import sys
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from fedvision.errors import ConfigError
+from fedvision.secagg import certificates
+from fedvision.storage import write_atomic
+from fedvision.wire.envelope import SERVER
+from fedvision_server.home import ServerHome, split_address
+from fedvision_server.site_records import load_records
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Any, Any], Awaitable[None]]
+FLEET, RUNTIME = "/v1/fleet/", "/v1/runtime/"
+PATHS = frozenset(
+    FLEET + name
+    for name in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "pull-object",
+        "push-object",
+        "confirm-message-received",
+        "get-run",
+    )
+)
+"""What a worker needs. Not among them: registering nodes, and fetching code (``get-fab``)."""
+NODE_KEY_HEADER = b"flwr-public-key"
+SITE_PATIENCE_S, SERVER_PATIENCE_S = 20.0, 0.5
+"""How long a request for messages is held while there is none."""
+LARGEST_BODY = 32 << 20
+"""Bytes; Flower sends vectors in chunks of 5 MB."""
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""Set for all of Flower's programs: no request leaves for a host that is not ours."""
+
+
+def secret_file(path: Path) -> str:
+    """Return the secret in a file that only its owner can read; it is made if absent."""
+    if not path.exists():
+        write_atomic(path, (secrets.token_hex(32) + "\n").encode(), 0o600)
+    return path.read_text(encoding="utf-8").strip()
+
+
+class EnrolledSites:
+    """Who may use the fleet port: read from HOME/sites, again once a second.
+
+    While a record there is damaged, nobody may.
+    """
+
+    PAUSE_S = 1.0
+
+    def __init__(self, home: ServerHome) -> None:
+        self._home = home
+        self._read_at = -math.inf
+        self._keys: dict[str, bytes] = {}
+
+    def node_key(self, fingerprint: str) -> bytes | None:
+        """Return the node key that belongs to a certificate, None if it is not that of an enrolled site."""
+        if time.monotonic() - self._read_at > self.PAUSE_S:
+            self._read_at = time.monotonic()
+            try:
+                records = list(load_records(self._home).values())
+            except ConfigError as error:
+                logger.error("no site is let in: %s", error)
+                records = []
+            self._keys = {
+                record.fingerprint: bytes.fromhex(record.node_key)
+                for record in records
+                if record.status == "enrolled"
+            }
+        return self._keys.get(fingerprint)
+
+
+class Bell:
+    """Holds requests for messages until there may be one, so that nobody has to ask again and again.
+
+    A message is there once its objects are: it is rung at each object, and is heard when it has been quiet
+    for a moment. Who got a message asks for the next one at once.
+    """
+
+    QUIET_S = 0.02
+    EMPTY_BYTES = 8
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._rung = 0
+        self._rung_at = -math.inf
+        self._changed = asyncio.Event()
+        self._heard: dict[str, int] = {}
+
+    def ring(self) -> None:
+        """Say that something has come."""
+        self._rung += 1
+        self._rung_at = time.monotonic()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def answered(self, app: App, scope: Scope, receive: Any, send: Any, who: str) -> None:
+        """Pass a request for messages on when it is worth it, or patience is over."""
+        until = time.monotonic() + self._patience_s
+        while self._heard.get(who) == self._rung and (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+        while (left := self._rung_at + self.QUIET_S - time.monotonic()) > 0 and time.monotonic() < until:
+            await asyncio.sleep(left)
+        rung, length = self._rung, 0
+
+        async def measured(event: Any) -> None:
+            nonlocal length
+            length += len(event.get("body", b""))
+            await send(event)
+
+        await app(scope, receive, measured)
+        if length <= self.EMPTY_BYTES:
+            self._heard[who] = rung
+        else:
+            self._heard.pop(who, None)
+
+
+async def refuse(send: Any, status: int, reason: str) -> None:
+    """Answer with a status and a short reason."""
+    head = [(b"content-type", b"text/plain"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": reason.encode()})
+
+
+def fleet_app(app: App, sites: EnrolledSites, to_sites: Bell, to_server: Bell) -> App:
+    """Return Flower's app as sites may see it."""
+
+    async def guarded(scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        expected = sites.node_key(scope.get("fedvision.peer", ""))
+        if expected is None:
+            await refuse(send, 403, "this certificate is not that of an enrolled site")
+            return
+        if scope["method"] != "POST" or scope["path"] not in PATHS:
+            await refuse(send, 404, "no such path for sites")
+            return
+        headers = dict(scope["headers"])
+        try:
+            key = base64.b64decode(headers.get(NODE_KEY_HEADER, b""), validate=True)
+            length = int(headers.get(b"content-length", b"-1"))
+        except (binascii.Error, ValueError):
+            key, length = b"", -1
+        if not hmac.compare_digest(key, expected):
+            await refuse(send, 403, "the node key is not the one enrolled with this certificate")
+        elif not 0 <= length <= LARGEST_BODY:
+            await refuse(send, 413, "too large, or of unknown length")
+        elif scope["path"] == FLEET + "pull-messages":
+            await to_sites.answered(app, scope, receive, send, key.hex())
+        else:
+            await app(scope, receive, send)
+            if scope["path"] == FLEET + "push-object":
+                to_server.ring()
+
+    return guarded
+
+
+def loopback_app(app: App, secret: str, to_sites: Bell, to_server: Bell) -> App:
+    """Return Flower's app with a secret before everything but the Runtime interface, which has its own."""
+    wanted = b"Bearer " + secret.encode()
+
+    async def guarded(scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and not scope["path"].startswith(RUNTIME):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, wanted):
+                await refuse(send, 401, "the control secret is missing or wrong")
+                return
+        path = scope.get("path", "")
+        if path == RUNTIME + "pull-messages":
+            await to_server.answered(app, scope, receive, send, SERVER)
+        else:
+            await app(scope, receive, send)
+            if path == RUNTIME + "push-object":
+                to_sites.ring()
+
+    return guarded
+
+
+class PeerProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """uvicorn's HTTP protocol, which also tells the app the fingerprint of the client's certificate."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Wrap the app for this connection."""
+        super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        peer = certificates.peer_fingerprint(tls) if tls else ""
+        app: App = self.app  # type: ignore[has-type]
+
+        async def with_peer(scope: Scope, receive: Any, send: Any) -> None:
+            await app({**scope, "fedvision.peer": peer}, receive, send)
+
+        self.app = with_peer
+
+
+def flower_app(home: ServerHome, control_port: int) -> Any:
+    """Return Flower's SuperLink app with our settings."""
+    from flwr.supercore.auth import load_superexec_auth_secret
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
+    from flwr.superlink.main import create_app
+
+    secret = home.flower / "superexec.secret"
+    secret_file(secret)
+    config = SuperLinkLifespanConfig(
+        control_address=f"127.0.0.1:{control_port}",
+        health_server_address=None,
+        host="127.0.0.1",
+        port=control_port,
+        insecure=True,
+        certificates=None,
+        superexec_auth_secret=load_superexec_auth_secret(secret_file=str(secret)),
+        authn_plugin=load_control_authn_plugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type="grpc-rere",
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=str(home.flower / "superlink.db"),
+        isolation="process",
+        runtime_dependency_install=False,
+    )
+    return create_app(config, SuperLinkLifespan)
+
+
+def servers(home: ServerHome) -> tuple[uvicorn.Server, uvicorn.Server]:
+    """Return the loopback server and the fleet server of one SuperLink."""
+    settings = home.settings()
+    app = flower_app(home, settings.control_port)
+    tls = certificates.server_context(certificate=home.tls_cert, key=home.tls_key, authority=home.ca_cert)
+
+    def context(own: uvicorn.Config, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+        return tls
+
+    to_sites, to_server = Bell(SITE_PATIENCE_S), Bell(SERVER_PATIENCE_S)
+    common: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+    loopback = uvicorn.Config(
+        loopback_app(app, secret_file(home.flower / "control.secret"), to_sites, to_server),
+        host="127.0.0.1",
+        port=settings.control_port,
+        **common,
+    )
+    fleet = uvicorn.Config(
+        fleet_app(app, EnrolledSites(home), to_sites, to_server),
+        host=settings.listen,
+        port=split_address(settings.address)[1],
+        lifespan="off",
+        http=PeerProtocol,
+        ssl_context_factory=context,
+        timeout_keep_alive=75,
+        **common,
+    )
+    return uvicorn.Server(loopback), uvicorn.Server(fleet)
+
+
+async def serve(both: tuple[uvicorn.Server, uvicorn.Server]) -> None:
+    """Serve until one of the two is told to stop or can't go on."""
+
+    async def together() -> None:
+        while not any(server.should_exit for server in both):
+            await asyncio.sleep(0.1)
+        for server in both:
+            server.should_exit = True
+
+    running = [asyncio.ensure_future(server.serve()) for server in both]
+    watch = asyncio.ensure_future(together())
+    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    for server in both:
+        server.should_exit = True
+    await asyncio.gather(*running, watch)
+
+
+def main(argv: list[str]) -> int:
+    """Serve the SuperLink of a home; ends with its parent process."""
+    from flwr.supercore.app_utils import start_parent_process_monitor
+
+    os.environ.update(ENVIRONMENT)
+    os.umask(0o077)
+    home = ServerHome(Path(argv[0]).resolve())
+    start_parent_process_monitor(os.getppid())
+    asyncio.run(serve(servers(home)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

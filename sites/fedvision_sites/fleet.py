@@ -1,0 +1,188 @@
+"""The connection of a site to Flower's SuperLink: pulls messages and pushes replies, over mutual TLS.
+
+The only module at a site that knows Flower's fleet protocol. It replaces Flower's SuperNode, which starts a
+process for each message and runs code that it was sent; here nothing is fetched but messages.
+
+Rules:
+- Outgoing connections only, TLS 1.3, to a server with a certificate of the federation's own CA.
+- A vector travels in chunks; a chunk that fails is sent again, those that arrived are not.
+- A site that was killed is known to Flower as online for up to 20 s; activation is tried until it is let in.
+"""
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import bytes_to_private_key, public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+logger = logging.getLogger(__name__)
+HEARTBEAT_S = 10.0
+CALL_TIMEOUT_S = 60.0
+CHUNK_TRIES = 60
+LONGEST_PAUSE_S = 20.0
+
+
+class Fleet:
+    """A connection to the SuperLink; a context manager.
+
+    Args:
+        address: ``host:port``.
+        context: TLS with the site's certificate.
+        node_key: Flower's key of this node, enrolled with the site; PEM.
+        stop: Set by whoever wants the program to end.
+
+    Raises:
+        httpx.HTTPError: On entry, where the server does not let the site in.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        context: ssl.SSLContext,
+        node_key: bytes,
+        stop: threading.Event,
+    ) -> None:
+        self._key = bytes_to_private_key(node_key)
+        self._stop = stop
+        self._closing = threading.Event()
+        interceptors: list[Any] = [
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(self._key, self._key.public_key()),
+        ]
+        url = f"https://{address}"
+        self._client = FleetHttpClient(url, interceptors=interceptors, verify=context, timeout=CALL_TIMEOUT_S)
+        self._node = Node()
+        self.last_contact = 0.0
+
+    def __enter__(self) -> Self:
+        request = ActivateNodeRequest(
+            public_key=public_key_to_bytes(self._key.public_key()), heartbeat_interval=HEARTBEAT_S
+        )
+        self._node = Node(node_id=self._client.ActivateNode(request).node_id)
+        self.last_contact = time.time()
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closing.set()
+        try:
+            self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
+        except (httpx.HTTPError, RuntimeError) as failure:
+            logger.debug("not signed off: %s", type(failure).__name__)
+        self._client.close()
+
+    def _beat(self) -> None:
+        """Tell the server every few seconds that the site is there, also while it trains."""
+        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
+        while not self._closing.wait(HEARTBEAT_S * 0.6):
+            try:
+                self._client.SendNodeHeartbeat(request)
+                self.last_contact = time.time()
+            except (httpx.HTTPError, RuntimeError) as failure:
+                logger.info("no heartbeat: %s", type(failure).__name__)
+
+    def _again(self, call: Callable[[], Any]) -> Any:
+        """Repeat a call while the line is down; its result, or the last error."""
+        for number in range(CHUNK_TRIES):
+            try:
+                return call()
+            except httpx.TransportError as failure:
+                logger.info("try %s failed: %s", number + 1, type(failure).__name__)
+                if number + 1 == CHUNK_TRIES or self._stop.wait(min(0.5 * 1.5**number, LONGEST_PAUSE_S)):
+                    raise
+            except httpx.HTTPStatusError as failure:
+                if failure.response.status_code not in (502, 503, 504) or number + 1 == CHUNK_TRIES:
+                    raise
+                if self._stop.wait(min(0.5 * 1.5**number, LONGEST_PAUSE_S)):
+                    raise
+        raise AssertionError
+
+    def receive(self) -> Message | None:
+        """Return the next message for this site, with its content, or None if there is none."""
+        response = self._client.PullMessages(PullMessagesRequest(node=self._node))
+        self.last_contact = time.time()
+        if not response.messages_list:
+            return None
+        head, tree = message_from_proto(response.messages_list[0]), response.message_object_trees[0]
+        run, root = head.metadata.run_id, head.metadata.message_id
+        pull = make_pull_object_fn_protobuf(
+            lambda request: self._again(lambda: self._client.PullObject(request)), self._node, run
+        )
+        try:
+            parts = [part.object_id for part in iterate_object_tree(tree)]
+            contents = pull_objects(parts, pull, initial_backoff=0.05, backoff_cap=1.0)
+        except ObjectPullError:
+            raise RuntimeError("a message could not be fetched whole") from None
+        make_confirm_message_received_fn_protobuf(
+            lambda request: self._again(lambda: self._client.ConfirmMessageReceived(request)), self._node, run
+        )(root)
+        message = inflate_object_from_contents(root, contents)
+        assert isinstance(message, Message)
+        message.metadata.__dict__["_message_id"] = root
+        return message
+
+    def send(self, reply: Message, seconds: float) -> None:
+        """Push a reply; large vectors in chunks, each tried again on its own."""
+        with no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
+            request = PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(remove_content_from_message(reply))],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[seconds],
+            )
+            response = self._again(lambda: self._client.PushMessages(request))
+            push = make_push_object_fn_protobuf(
+                lambda part: self._again(lambda: self._client.PushObject(part)),
+                self._node,
+                reply.metadata.run_id,
+                response.session_id,
+            )
+            try:
+                push_objects(objects, push, object_ids_to_push=set(response.objects_to_push))
+            except ObjectPushError:
+                raise RuntimeError("a reply could not be sent whole") from None
+        self.last_contact = time.time()
