@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors.numpy import load_file
 
 from fedvision.config import dump_job, parse_job
@@ -158,6 +159,14 @@ class Federation:
         """Kill a program (kill -9), and nothing of what it started."""
         self.programs[name].kill()
         self.programs[name].wait()
+
+    def kill_part(self, words: str) -> None:
+        """Kill those of the server's own programs (kill -9) whose command line holds these words."""
+        found = psutil.Process(self.programs["server"].pid).children(recursive=True)
+        parts = [part for part in found if words in " ".join(part.cmdline())]
+        assert parts, f"no part {words} among {[part.cmdline() for part in found]}"
+        for part in parts:
+            part.kill()
 
     def submit(self, **changes: Any) -> str:
         """Submit a tiny job, changed as in ``tests.conftest.tiny_content``; return its id."""

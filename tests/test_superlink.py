@@ -2,14 +2,17 @@
 
 import asyncio
 import base64
+import hashlib
+import io
 import time
+import zipfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedvision_server.control import PROJECT
+from fedvision.wire.bundle import bundle
 from fedvision_server.home import ServerHome
 from fedvision_server.site_records import load_records
 from fedvision_server.superlink import PATHS, Bell, EnrolledSites, fleet_app, loopback_app, secret_file
@@ -231,11 +234,6 @@ def test_a_message_wakes_the_other_side(server: ServerHome) -> None:
 
 
 def test_the_bundle_for_flower_holds_no_code() -> None:
-    from flwr.cli.build import build_fab_from_files
-
-    first, second = (build_fab_from_files({"pyproject.toml": PROJECT})[0] for _ in range(2))
-    assert first == second
-    import io
-    import zipfile
-
-    assert sorted(zipfile.ZipFile(io.BytesIO(first)).namelist()) == [".info/CONTENT", "pyproject.toml"]
+    digest, content = bundle()
+    assert hashlib.sha256(content).hexdigest() == digest
+    assert sorted(zipfile.ZipFile(io.BytesIO(content)).namelist()) == [".info/CONTENT", "pyproject.toml"]

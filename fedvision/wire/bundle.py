@@ -6,8 +6,8 @@ the same bundle itself, runs a job with that one, and refuses runs that name ano
 
 import functools
 import hashlib
-
-from flwr.cli.build import build_fab_from_files
+import io
+import zipfile
 
 NAME, VERSION = "fedvision/fedvision-job", "0.1.0"
 PROJECT = b"""[project]
@@ -37,6 +37,15 @@ ENVIRONMENT = {
 
 @functools.cache
 def bundle() -> tuple[str, bytes]:
-    """Return SHA-256 of the bundle, hexadecimal, and the bundle."""
-    content = build_fab_from_files({"pyproject.toml": PROJECT})[0]
-    return hashlib.sha256(content).hexdigest(), content
+    """Return SHA-256 of the bundle, hexadecimal, and the bundle.
+
+    It is the same with every version of Python, zlib and Flower: nothing in it is compressed.
+    """
+    line = f"pyproject.toml,{hashlib.sha256(PROJECT).hexdigest()},{len(PROJECT) * 8}"
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as file:
+        for name, content in (("pyproject.toml", PROJECT), (".info/CONTENT", line.encode())):
+            info = zipfile.ZipInfo(name)  # of 1980
+            info.create_system = 3
+            file.writestr(info, content)
+    return hashlib.sha256(made.getvalue()).hexdigest(), made.getvalue()

@@ -16,24 +16,8 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
-PROJECT = b"""[project]
-name = "fedvision-job"
-version = "0.1.0"
-description = "Runs a job of fedvision with the code that is installed"
-license = "Apache-2.0"
-dependencies = []
+from fedvision.wire.bundle import bundle
 
-[tool.flwr.app]
-publisher = "fedvision"
-
-[tool.flwr.app.components]
-serverapp = "fedvision_server.deployed:app"
-clientapp = "fedvision_sites.app:stock"
-
-[tool.flwr.app.config]
-job = ""
-"""
-"""The bundle that Flower wants for a run: names of installed code, and no code."""
 ENDED = "finished"
 
 
@@ -81,12 +65,7 @@ class Control:
 
     def start(self, job: str) -> int:
         """Start a Flower run for a job; return its number."""
-        import hashlib
-
-        from flwr.cli.build import build_fab_from_files
-
-        bundle = build_fab_from_files({"pyproject.toml": PROJECT})[0]
-        fab = fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {}))
+        fab = fab_to_proto(Fab(*bundle(), {}))
         request = StartRunRequest(fab=fab, override_config=user_config_to_proto({"job": job}))
         return int(self._client.StartRun(request).run_id)
 

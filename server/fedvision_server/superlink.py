@@ -35,6 +35,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from fedvision.errors import ConfigError
 from fedvision.secagg import certificates
 from fedvision.storage import write_atomic
+from fedvision.wire.bundle import ENVIRONMENT
 from fedvision.wire.envelope import SERVER
 from fedvision_server.home import ServerHome, split_address
 from fedvision_server.site_records import load_records
@@ -64,12 +65,6 @@ SITE_PATIENCE_S, SERVER_PATIENCE_S = 20.0, 0.5
 """How long a request for messages is held while there is none."""
 LARGEST_BODY = 32 << 20
 """Bytes; Flower sends vectors in chunks of 5 MB."""
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
-"""Set for all of Flower's programs: no request leaves for a host that is not ours."""
 
 
 def secret_file(path: Path) -> str:

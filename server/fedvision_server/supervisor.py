@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, get_args
 
 import httpx
@@ -27,6 +28,7 @@ from fedvision.audit.log import AuditLog
 from fedvision.errors import ConfigError, RoundError, StorageError
 from fedvision.secagg import identity
 from fedvision.storage import read_json, write_json
+from fedvision.wire.bundle import ENVIRONMENT
 from fedvision.wire.envelope import SERVER
 from fedvision_server.control import Control
 from fedvision_server.deployed import HOME_VARIABLE
@@ -34,7 +36,7 @@ from fedvision_server.home import ServerHome, ServerSettings
 from fedvision_server.queue import open_queue
 from fedvision_server.queue_rows import Entry, State
 from fedvision_server.site_records import load_records
-from fedvision_server.superlink import ENVIRONMENT, secret_file
+from fedvision_server.superlink import secret_file
 
 logger = logging.getLogger(__name__)
 TICK_S = 0.5
@@ -141,6 +143,8 @@ class Supervisor:
             **ENVIRONMENT,
             "FLWR_HOME": str(home.flower),
             HOME_VARIABLE: str(home.root),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",
         }
         self._children = tuple(

@@ -6,7 +6,7 @@ goes wrong becomes a ``Refusal`` with a code, and the text goes to the site's ow
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -55,15 +55,30 @@ def create_app(configs: Sequence[SiteConfig]) -> ClientApp:
     Args:
         configs: The sites. With several, Flower's ``partition-id`` of the node says which one is meant.
     """
-    app = ClientApp()
     sites = tuple(configs)
 
     def handle(message: Message, context: Context) -> Message:
         config = sites[int(context.node_config.get("partition-id", 0))]
         return Message(answer(config, message.content), reply_to=message)
 
+    return answering(handle)
+
+
+def answering(handle: Callable[[Message, Context], Message]) -> ClientApp:
+    """Return a ClientApp that answers every message of ours in the same way."""
+    app = ClientApp()
     app.query("hello")(handle)
     app.query("secure")(handle)
     app.train("update")(handle)
     app.evaluate("statistics")(handle)
     return app
+
+
+def _handle_stock(message: Message, context: Context) -> Message:
+    from fedvision_sites import stock as program
+
+    return Message(program.answer(message.content), reply_to=message)
+
+
+stock = answering(_handle_stock)
+"""For `fedvision-site run --stock`: one site, whose folder the environment names, see ``stock.py``."""

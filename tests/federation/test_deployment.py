@@ -1,7 +1,9 @@
 """Real programs on hosts of their own, set up by the commands that people type, over a network that fails."""
 
 import contextlib
+import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +132,44 @@ def test_a_killed_program_goes_on_where_it_was(federation: Federation, undisturb
     federation.start()
     federation.wait(job)
     assert federation.model(job) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("part", "wait_s"),
+    [("fedvision_server.superlink", 1.0), ("flower_superexec", 0.0), ("flwr-serverapp", 0.5)],
+    ids=["superlink", "superexec", "serverapp"],
+)
+def test_a_killed_part_of_the_server_is_started_again(
+    federation: Federation, undisturbed: str, part: str, wait_s: float
+) -> None:
+    job = federation.submit(seed=1, name=f"killed-{part.replace('_', '-').replace('.', '-')}")
+    federation.wait_for_round(job, 1)
+    time.sleep(wait_s)
+    federation.kill_part(part)
+    federation.wait(job)
+    assert federation.model(job) == undisturbed
+
+
+def test_an_upload_that_is_cut_in_the_middle_goes_on_and_does_not_begin_anew(federation: Federation) -> None:
+    hosts = federation.hosts
+    hosts.require_network()
+    slow = hosts.sites[2]
+    large = {"channels": [64, 192, 320], "strides": [2, 2], "num_res_units": 0}
+    before = hosts.bytes_of(slow).sent
+    slow.slow(delay_ms=5, mbit=16, loss_percent=0)
+    job = federation.submit(seed=1, name="large", rounds=1, model__args=large)
+    federation.wait_until(lambda: hosts.bytes_of(slow).sent - before > 2_000_000, "the upload is under way")
+    slow.cut()
+    time.sleep(3)
+    slow.heal()
+    federation.wait(job)
+    slow.restore()
+    (closed,) = [event for event in federation.events(job) if event["event"] == "round"]
+    assert closed["num_sites"] == NUM_SITES
+    charter = json.loads((federation.home / "jobs" / job / "secagg" / "charter.json").read_text())
+    size = 4 * charter["document"]["size"]
+    assert size > 5_000_000
+    assert hosts.bytes_of(slow).sent - before < 1.7 * size
 
 
 def test_nobody_without_the_keys_submits_or_stops(federation: Federation, tmp_path: Path) -> None:
