@@ -1,8 +1,9 @@
 """Write the generated parts of the reference from the code: python docs/make_reference.py [--check].
 
 A page holds text that people wrote, and blocks between ``<!-- generated: NAME -->`` and ``<!-- end -->``. The
-blocks are made here from the models of the job file and of the manifest, from the commands, and from the
-messages of the demo. ``--check`` changes nothing, and fails if a block is not what the code says.
+blocks are made here from the models of the job file, of the manifest and of the two programs' settings, from
+the commands, and from the messages of the demo. ``--check`` changes nothing, and fails if a block is not what
+the code says.
 """
 
 import inspect
@@ -22,10 +23,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+import fedvision_server.cli
+import fedvision_sites.cli
 from fedvision.cli.app import app
 from fedvision.cli.job_file import toml_value
 from fedvision.config import Job, Name, Reference, parse_job
 from fedvision.data.manifest import Case, Manifest
+from fedvision.secagg.enrolling import ADDRESS
+from fedvision.secagg.roster import Hex32
 from fedvision.tasks import initial_network, local_names, task_module
 from fedvision.updates.layout import Layout, layout_of
 from fedvision.wire.messages import (
@@ -38,6 +43,8 @@ from fedvision.wire.messages import (
     TrainReply,
     TrainRequest,
 )
+from fedvision_server.home import Address, Deadlines, Host, ServerSettings
+from fedvision_sites.home import SiteSection, SiteSettings
 
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -46,6 +53,18 @@ BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 PATTERNS = {
     typing.get_args(Name)[1].metadata[0].pattern: "name",
     typing.get_args(Reference)[1].metadata[0].pattern: "`package.module:function`",
+    typing.get_args(Hex32)[1].metadata[0].pattern: "text of 64 hexadecimal digits",
+    f"^$|{ADDRESS}": "`HOST:PORT`",
+}
+CHECKS = {
+    typing.get_args(Address)[1].func: "`HOST:PORT`",
+    typing.get_args(Host)[1].func: "DNS name or IP address",
+}
+"""What a function that checks a value asks for."""
+PLURALS = {
+    "list of ": "lists of ",
+    "text of ": "texts of ",
+    "DNS name or IP address": "DNS names or IP addresses",
 }
 
 
@@ -66,6 +85,7 @@ def _limits(metadata: Iterable[Any]) -> tuple[str, list[str]]:
             pattern, bounds = pattern or inner, bounds + more
             continue
         pattern = PATTERNS.get(getattr(item, "pattern", None), pattern)
+        pattern = CHECKS.get(getattr(item, "func", None), pattern)
         for key, sign in BOUNDS.items():
             value = getattr(item, key, None)
             if value is not None:
@@ -99,8 +119,9 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
 
 def _plural(annotation: Any) -> str:
     text = type_text(annotation)
-    if text.startswith("list of "):
-        return "lists of " + text.removeprefix("list of ")
+    for one, many in PLURALS.items():
+        if text.startswith(one):
+            return many + text.removeprefix(one)
     word, space, rest = text.partition(" ")
     return f"{word}s{space}{rest}"
 
@@ -164,6 +185,22 @@ def manifest_keys() -> str:
     cases = Manifest.model_fields["cases"]
     rows = [*_rows(Manifest), ["`cases`", "list of cases", default_text(cases), "see below"]]
     return "\n".join([table(HEAD, rows), "\n### A case\n", table(HEAD, _rows(Case))])
+
+
+def server_keys() -> str:
+    """Return every key of ``server.toml``."""
+    return "\n".join(
+        [table(HEAD, _rows(ServerSettings)), "\n### `[deadlines]`\n", *_section_lines(Deadlines)]
+    )
+
+
+def site_keys() -> str:
+    """Return every key of ``site.toml`` but those of the policy."""
+    return "\n".join([table(HEAD, _rows(SiteSettings)), "\n### `[site]`\n", *_section_lines(SiteSection)])
+
+
+def _section_lines(section: type[BaseModel]) -> list[str]:
+    return [inspect.cleandoc(section.__doc__ or "") + "\n", table(HEAD, _rows(section))]
 
 
 def _plain(text: str) -> str:
@@ -233,18 +270,20 @@ def _argument_text(param: click.Argument) -> str:
     return text if param.required else f"[{text}]"
 
 
-def cli_commands() -> str:
-    """Return every command with its arguments and options."""
+def cli_commands(name: str, commands: typer.Typer) -> str:
+    """Return every command of a program with its arguments and options."""
     parts: list[str] = []
 
     def add(name: str, command: click.Command) -> None:
         if isinstance(command, click.Group):
+            if command.invoke_without_command:
+                parts.extend(_command(name, command))
             for word, inner in command.commands.items():
                 add(f"{name} {word}", inner)
         else:
             parts.extend(_command(name, command))
 
-    add("fedvision", typer.main.get_command(app))
+    add(name, typer.main.get_command(commands))
     return "\n".join(parts).rstrip()
 
 
@@ -354,7 +393,11 @@ def _secure_steps(num_sites: int, level: str) -> dict[Any, tuple[bytes, bytes]]:
 BLOCKS: dict[str, Callable[[], str]] = {
     "job-keys": job_keys,
     "manifest-keys": manifest_keys,
-    "cli-commands": cli_commands,
+    "cli-commands": lambda: cli_commands("fedvision", app),
+    "server-commands": lambda: cli_commands("fedvision-server", fedvision_server.cli.app),
+    "site-commands": lambda: cli_commands("fedvision-site", fedvision_sites.cli.app),
+    "server-keys": server_keys,
+    "site-keys": site_keys,
     "message-sizes": message_sizes,
     "secure-message-sizes": secure_message_sizes,
 }

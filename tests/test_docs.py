@@ -13,6 +13,8 @@ import click
 import pytest
 import typer
 
+import fedvision_server.cli
+import fedvision_sites.cli
 from fedvision.cli.app import app
 from fedvision.config import Job, parse_job
 from fedvision.data.manifest import parse_manifest
@@ -20,6 +22,11 @@ from fedvision.data.manifest import parse_manifest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.MULTILINE | re.DOTALL)
+PROGRAMS = {
+    "fedvision": app,
+    "fedvision-server": fedvision_server.cli.app,
+    "fedvision-site": fedvision_sites.cli.app,
+}
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(home|root|tmp|work|workspace|mnt|opt|usr|var|Users)/|[A-Z]:\\\\")
 LARGEST_PICTURE_BYTES = 400_000
 
@@ -101,14 +108,15 @@ def commands_in_blocks(page: Path) -> Iterator[str]:
     """Yield the command lines of a page's blocks; what stands after two spaces is a remark."""
     for body in fences(page, "sh", "text", "console"):
         for line in body.replace("\\\n", " ").splitlines():
-            match = re.match(r"\s*(?:\w+=\S* )*(fedvision [a-z-].*)", line)
-            if match and "[OPTIONS]" not in line:
-                yield re.split(r"(?<=\S)  +(?!-)", match[1])[0]
+            match = re.match(r"\s*(?:\w+=\S* )*(fedvision(?:-server|-site)? [a-z-].*)", line)
+            if match and "[OPTIONS]" not in line and ": error:" not in line:
+                yield re.split(r"(?<=\S)  +(?!-)| [>&|] ?", match[1])[0]
 
 
 def find_command(words: list[str]) -> tuple[click.Command, list[str]]:
-    """Return the command that ``words`` begin with, without ``fedvision``, and the rest of the words."""
-    command: click.Command = typer.main.get_command(app)
+    """Return the command that ``words`` begin with, a program first, and the rest of the words."""
+    command: click.Command = typer.main.get_command(PROGRAMS[words[0]])
+    words = words[1:]
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         assert words[0] in command.commands, f"no command {words[0]}"
         command, words = command.commands[words[0]], words[1:]
@@ -118,7 +126,7 @@ def find_command(words: list[str]) -> tuple[click.Command, list[str]]:
 @each_page
 def test_every_command_line_parses(page: Path) -> None:
     for line in commands_in_blocks(page):
-        command, words = find_command(shlex.split(line, comments=True)[1:])
+        command, words = find_command(shlex.split(line, comments=True))
         words = [word for word in words if word not in ("--help", "--version")]
         if not isinstance(command, click.Group):
             command.make_context("fedvision", words)
@@ -126,8 +134,8 @@ def test_every_command_line_parses(page: Path) -> None:
 
 @each_page
 def test_every_command_named_in_a_sentence_has_the_options_shown(page: Path) -> None:
-    for code in re.findall(r"`(fedvision [^`]+)`", prose(page)):
-        command, words = find_command([word for word in code.split()[1:] if word != "COMMAND"])
+    for code in re.findall(r"`(fedvision(?:-server|-site)? [^`]+)`", prose(page)):
+        command, words = find_command([word for word in code.split() if word != "COMMAND"])
         known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
         for word in words:
             assert not word.startswith("--") or word in known | {"--help", "--version"}, code
@@ -135,8 +143,10 @@ def test_every_command_named_in_a_sentence_has_the_options_shown(page: Path) -> 
 
 def test_a_command_that_does_not_exist_is_noticed() -> None:
     with pytest.raises(AssertionError):
-        find_command(["simulat"])
-    command, words = find_command(["data", "check", "data", "--jobb", "job.toml"])
+        find_command(["fedvision", "simulat"])
+    with pytest.raises(AssertionError):
+        find_command(["fedvision-site", "submit"])
+    command, words = find_command(["fedvision", "data", "check", "data", "--jobb", "job.toml"])
     with pytest.raises(click.NoSuchOption):
         command.make_context("fedvision", words)
 

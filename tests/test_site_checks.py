@@ -96,7 +96,16 @@ def test_a_good_site_passes_every_check(world: World, capsys: Captured) -> None:
         levels = {subject: {one.level for one in of} for subject, of in found(home, True).items()}
     assert levels.pop("GPU") <= {"ok", "warning"}
     assert levels.pop("disk") <= {"ok", "warning"}
-    assert set(levels) == {"settings", "keys", "certificate", "roster", "server", "clock", "data set"}
+    assert set(levels) == {
+        "settings",
+        "keys",
+        "certificate",
+        "roster",
+        "server",
+        "clock",
+        "guard",
+        "data set",
+    }
     assert all(level == {"ok"} for level in levels.values()), levels
 
 

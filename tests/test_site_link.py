@@ -182,7 +182,8 @@ def stage(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> St
 
 
 def test_a_deployed_job_makes_the_model_that_the_simulation_makes(stage: Stage, template: Path) -> None:
-    assert stage.run(StandIn(stage.server, stage.sites)) == {"state": "done", "error": "", "hint": ""}
+    outcome = stage.run(StandIn(stage.server, stage.sites))
+    assert outcome == {"format": 1, "state": "done", "error": "", "hint": ""}
     job = load_job(stage.folder / "job.toml")
     data = job.model_copy(update={"data": parse_job(tiny_content(template / "data"), "x").data})
     plan = dataclasses.replace(make_plan(data), threads=1)

@@ -15,7 +15,18 @@ import pytest
 from fedvision.wire.bundle import bundle
 from fedvision_server.home import ServerHome
 from fedvision_server.site_records import load_records
-from fedvision_server.superlink import PATHS, Bell, EnrolledSites, fleet_app, loopback_app, secret_file
+from fedvision_server.superlink import (
+    FLEET_STACK,
+    PATHS,
+    RUNTIME_STACK,
+    Bell,
+    EnrolledSites,
+    fleet_app,
+    flower_app,
+    loopback_app,
+    secret_file,
+    stack,
+)
 from tests.homes import World
 
 PULL, PUSH = "/v1/fleet/pull-messages", "/v1/fleet/push-object"
@@ -151,7 +162,7 @@ def test_on_loopback_everything_but_the_runtime_interface_wants_the_secret() -> 
     flower = Flower()
 
     async def work() -> None:
-        app = loopback_app(flower, "s3cret", Bell(0.01), Bell(0.01))
+        app = loopback_app(flower, flower, "s3cret", Bell(0.01), Bell(0.01))
         for path in ("/v1/control/start-run", "/v1/fleet/pull-messages", "/health", "/docs", "/v1/runtime"):
             for headers in ({}, {"authorization": b"Bearer "}, {"authorization": b"Bearer s3cret2"}):
                 assert await ask(app, path, headers) == 401
@@ -214,7 +225,7 @@ def test_a_message_wakes_the_other_side(server: ServerHome) -> None:
     async def work() -> None:
         to_sites, to_server = Bell(10.0), Bell(10.0)
         fleet = fleet_app(Flower(b""), EnrolledSites(server), to_sites, to_server)
-        loopback = loopback_app(Flower(b""), "s", to_sites, to_server)
+        loopback = loopback_app(Flower(b""), Flower(b""), "s", to_sites, to_server)
         await ask(fleet, PULL, headers, peer)
         await ask(loopback, "/v1/runtime/pull-messages", {})
         started = time.monotonic()
@@ -231,6 +242,17 @@ def test_a_message_wakes_the_other_side(server: ServerHome) -> None:
         assert time.monotonic() - started < 5.0
 
     run(work)
+
+
+def test_flowers_app_keeps_the_middlewares_that_check_nodes(server: ServerHome) -> None:
+    app = flower_app(server, 1)
+    stack(app, FLEET_STACK), stack(app, RUNTIME_STACK)
+    names = [one.cls.__name__ for one in app.user_middleware]
+    assert {"ControlAuthenticationMiddleware", "NodeAuthMiddleware"} <= set(names)
+    with pytest.raises(RuntimeError):
+        stack(app, ("NodeAuthMiddleware", "BaseHTTPMiddleware"))
+    with pytest.raises(RuntimeError):
+        stack(app, ("NoSuchMiddleware",))
 
 
 def test_the_bundle_for_flower_holds_no_code() -> None:

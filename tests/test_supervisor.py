@@ -84,6 +84,7 @@ def home(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ser
     write_job(folder / "job.toml")
     asleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(module, "Control", Flower)
+    monkeypatch.setattr(module, "ASK_S", 0.0)
     monkeypatch.setattr(module, "commands", lambda home, settings: {"superlink": asleep, "superexec": asleep})
     return ServerHome(folder / "server")
 

@@ -215,6 +215,9 @@ def _explained(finding: ErrorDetails, others: int, model: type[BaseModel], prefi
     shown = repr(finding["input"]) if isinstance(finding["input"], str | int | float) else ""
     got = f", got {shown}" if 0 < len(shown) <= LARGEST_SHOWN else ""
     text = f"{reason[0].lower()}{reason[1:]}{got}{more}"
+    if location[-1:] == ("format",):
+        hint = "written by a newer version? update fedvision on this machine"
+        return Refused(f"`{where}` is wrong", f"`{where}`: {text}", hint)
     if not location:
         return Refused("a rule is not kept", f"`{where}`: {text}" if where else text)
     return Refused(f"`{where}` is wrong", f"`{where}`: {text}")

@@ -27,11 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedvision.errors import MessageError
-from fedvision.updates.layout import FloatVector
 
 Split = Literal["val", "test"]
 Step = Literal["enrolled", "ready", "mask", "beacon", "sketch", "hold", "accept", "unmask", "dispute", "open"]
 ByteVector = NDArray[np.uint8]
+FloatVector = NDArray[np.float32]
+"""As in ``updates.layout``, which needs PyTorch; programs that only carry messages do without."""
 MAX_CASES = 10_000_000
 
 

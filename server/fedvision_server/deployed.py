@@ -259,7 +259,7 @@ def run_in_folder(grid: Grid, home: ServerHome, job_id: str) -> None:
             outcome = {"state": "crashed", "error": traceback.format_exc(), "hint": ""}
         else:
             outcome = {"state": "done", "error": "", "hint": ""}
-        write_json(folder / "outcome.json", outcome)
+        write_json(folder / "outcome.json", {"format": 1, **outcome})
 
 
 def node_keys(home: ServerHome, roster: Roster) -> dict[int, bytes]:

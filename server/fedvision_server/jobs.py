@@ -96,6 +96,10 @@ class RunFolder:
         """
         path = self.checkpoint(round_number)
         tensors, metadata = load_tensors(path)
+        if metadata.get("format") != "1":
+            raise StorageError(
+                f"{path} is of another format", "written by a newer version? update fedvision on this machine"
+            )
         if metadata.get("job") != self._digest or metadata.get("layout") != self._layout.digest:
             raise StorageError(
                 f"{path} belongs to another job or network", "start a new run instead of resuming this one"

@@ -25,7 +25,7 @@ import secrets
 import ssl
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ PATHS = frozenset(
 NODE_KEY_HEADER = b"flwr-public-key"
 SITE_PATIENCE_S, SERVER_PATIENCE_S = 20.0, 0.5
 """How long a request for messages is held while there is none."""
+FLEET_STACK = ("BaseHTTPMiddleware", "ProtobufTranslationMiddleware", "NodeAuthMiddleware")
+RUNTIME_STACK = ("BaseHTTPMiddleware", "ProtobufTranslationMiddleware", "RuntimeTracingMiddleware")
+"""What Flower's own interfaces need of its middlewares: errors, decoding, and who a node is. The others are
+for the Control interface, or write event logs that are off."""
 LARGEST_BODY = 32 << 20
 """Bytes; Flower sends vectors in chunks of 5 MB."""
 
@@ -190,7 +194,7 @@ def fleet_app(app: App, sites: EnrolledSites, to_sites: Bell, to_server: Bell) -
     return guarded
 
 
-def loopback_app(app: App, secret: str, to_sites: Bell, to_server: Bell) -> App:
+def loopback_app(app: App, runtime: App, secret: str, to_sites: Bell, to_server: Bell) -> App:
     """Return Flower's app with a secret before everything but the Runtime interface, which has its own."""
     wanted = b"Bearer " + secret.encode()
 
@@ -202,13 +206,38 @@ def loopback_app(app: App, secret: str, to_sites: Bell, to_server: Bell) -> App:
                 return
         path = scope.get("path", "")
         if path == RUNTIME + "pull-messages":
-            await to_server.answered(app, scope, receive, send, SERVER)
-        else:
-            await app(scope, receive, send)
+            await to_server.answered(runtime, scope, receive, send, SERVER)
+        elif path.startswith(RUNTIME):
+            await runtime(scope, receive, send)
             if path == RUNTIME + "push-object":
                 to_sites.ring()
+        else:
+            await app(scope, receive, send)
 
     return guarded
+
+
+def stack(app: Any, names: Sequence[str]) -> App:
+    """Return Flower's app with those of its middlewares that a path needs; each costs time at every request.
+
+    Raises:
+        RuntimeError: One of them is not there: this is another Flower than the one this was written for.
+    """
+    every = app.user_middleware
+    kept = [one for one in every if one.cls.__name__ in names]
+    if [one.cls.__name__ for one in kept] != list(names):
+        raise RuntimeError(f"Flower's app does not have the middlewares {names}")
+    app.user_middleware = kept
+    try:
+        inner = app.build_middleware_stack()
+    finally:
+        app.user_middleware = every
+
+    async def with_app(scope: Scope, receive: Any, send: Any) -> None:
+        scope["app"] = app
+        await inner(scope, receive, send)
+
+    return with_app
 
 
 class PeerProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -275,13 +304,15 @@ def servers(home: ServerHome) -> tuple[uvicorn.Server, uvicorn.Server]:
     to_sites, to_server = Bell(SITE_PATIENCE_S), Bell(SERVER_PATIENCE_S)
     common: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
     loopback = uvicorn.Config(
-        loopback_app(app, secret_file(home.flower / "control.secret"), to_sites, to_server),
+        loopback_app(
+            app, stack(app, RUNTIME_STACK), secret_file(home.flower / "control.secret"), to_sites, to_server
+        ),
         host="127.0.0.1",
         port=settings.control_port,
         **common,
     )
     fleet = uvicorn.Config(
-        fleet_app(app, EnrolledSites(home), to_sites, to_server),
+        fleet_app(stack(app, FLEET_STACK), EnrolledSites(home), to_sites, to_server),
         host=settings.listen,
         port=split_address(settings.address)[1],
         lifespan="off",

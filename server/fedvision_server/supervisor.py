@@ -7,7 +7,6 @@ Rules:
 - A job that crashes again and again without a new round in between is given up.
 """
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -25,7 +24,7 @@ import httpx
 
 from fedvision import __version__, health
 from fedvision.audit.log import AuditLog
-from fedvision.errors import ConfigError, RoundError, StorageError
+from fedvision.errors import ConfigError, StorageError
 from fedvision.secagg import identity
 from fedvision.storage import read_json, write_json
 from fedvision.wire.bundle import ENVIRONMENT
@@ -44,6 +43,9 @@ START_S = 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 STOP_GRACE_S = 30.0
 NOTE_S = 10.0
+ASK_S = 2.0
+LARGEST_OUTPUT = 20_000_000
+"""Bytes of flower.log; a larger one is put away at the next start."""
 MAX_CRASHES = 5
 """Flower runs of a job that may end without an outcome, with no round finished in between."""
 
@@ -138,7 +140,10 @@ class Supervisor:
         self.queue = open_queue(home)
         secret_file(home.flower / "superexec.secret")
         self._control = Control(self.settings.control_port, secret_file(home.flower / "control.secret"))
-        self._output = (home.flower / "flower.log").open("ab")
+        output = home.flower / "flower.log"
+        if output.exists() and output.stat().st_size > LARGEST_OUTPUT:
+            output.replace(output.with_suffix(".log.1"))
+        self._output = output.open("ab")
         environment = {
             **ENVIRONMENT,
             "FLWR_HOME": str(home.flower),
@@ -154,8 +159,10 @@ class Supervisor:
         self._is_up = False
         self._registered: dict[str, str] = {}
         self._crashes: tuple[str, int, int] = ("", 0, 0)
+        self._reports: list[subprocess.Popen[bytes]] = []
         self._noted_at = 0.0
         self._seen: dict[str, float] = {}
+        self._asked_at = -ASK_S
         self._stop_since: dict[str, float] = {}
 
     def run(self, stop: threading.Event) -> None:
@@ -171,6 +178,9 @@ class Supervisor:
                 watched.close()
             for child in reversed(self._children):
                 child.end()
+            for report in self._reports:
+                report.terminate()
+                report.wait()
             self.log.append("stopped")
             self._control.close()
 
@@ -207,6 +217,7 @@ class Supervisor:
             self._tell(f"sites are served at {self.settings.address}")
             self._stop_strays()
         superexec.keep(self._output)
+        self._reports = [report for report in self._reports if report.poll() is None]
         try:
             self._let_sites_in()
             self._note_who_is_there()
@@ -265,8 +276,16 @@ class Supervisor:
             for name in ("stop", "outcome.json"):
                 (folder / name).unlink(missing_ok=True)
             self._start(entry)
-        elif entry.flower_run is None or self._control.has_ended(entry.flower_run):
+        elif entry.flower_run is None or self._has_ended(entry.flower_run):
             self._settle(entry)
+
+    def _has_ended(self, run: int) -> bool:
+        """Ask Flower, but not at every tick."""
+        now = time.monotonic()
+        if now - self._asked_at < ASK_S:
+            return False
+        self._asked_at = now
+        return self._control.has_ended(run)
 
     def _start(self, entry: Entry) -> None:
         run = self._control.start(entry.id)
@@ -324,8 +343,8 @@ class Supervisor:
         return max((e["round"] for e in events if e["event"] in ("round", "thrown away")), default=0)
 
     def _report(self, entry: Entry) -> None:
-        """Write the report of a finished job; without it the job is done all the same."""
-        with contextlib.suppress(RoundError, StorageError):
-            from fedvision.report.page import write_report
-
-            write_report(self._home.jobs / entry.id)
+        """Have the report of a finished job written, by a process of its own: it takes a while."""
+        command = [sys.executable, "-m", "fedvision", "report", str(self._home.jobs / entry.id)]
+        self._reports.append(
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output)  # noqa: S603
+        )

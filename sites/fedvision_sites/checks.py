@@ -19,7 +19,7 @@ from fedvision.secagg import certificates, documents, identity
 from fedvision.secagg.documents import Refused
 from fedvision.secagg.roster import Roster
 from fedvision_sites.home import SiteHome, SiteSettings
-from fedvision_sites.setup import known_roster, pinned_governance
+from fedvision_sites.setup import check_guard, known_roster, pinned_governance
 
 LARGEST_CLOCK_ERROR_S = 60.0
 SOON = timedelta(days=60)
@@ -70,6 +70,7 @@ def check_home(home: SiteHome, now: datetime, with_data: bool = True) -> Iterato
     yield from _guarded("certificate", lambda: _certificate(home, settings, now))
     yield from _guarded("roster", lambda: _roster(home, settings))
     yield from _guarded("server", lambda: _server(home, settings))
+    yield from _guarded("guard", lambda: _guard(home))
     yield from _guarded("disk", lambda: _disk(home))
     yield from _gpu()
     yield from _guarded("data set", lambda: _data(settings, with_data))
@@ -89,6 +90,11 @@ def _guarded(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[F
         yield Finding(subject, "problem", refused.text, refused.hint)
     except OSError as error:
         yield Finding(subject, "problem", (error.strerror or str(error)).lower())
+
+
+def _guard(home: SiteHome) -> Iterator[Finding]:
+    check_guard(home)
+    yield Finding("guard", "ok", "high-water marks are there")
 
 
 def _keys(home: SiteHome, settings: SiteSettings) -> Iterator[Finding]:

@@ -37,6 +37,7 @@ def run(home: Home = Path(), stock: UseStock = False) -> None:
     from fedvision import health
     from fedvision.audit.log import AuditLog
     from fedvision.secagg import identity
+    from fedvision_sites.setup import check_guard
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -48,6 +49,7 @@ def run(home: Home = Path(), stock: UseStock = False) -> None:
             f"{settings.site.name} is not in a federation yet",
             "send request.json to the coordinator, and give the answer to `fedvision-site join`",
         )
+    check_guard(own)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     tell = functools.partial(console.print, markup=False)
     is_over = threading.Event()

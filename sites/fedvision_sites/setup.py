@@ -190,6 +190,8 @@ def join(home: SiteHome, found: CheckedKit, agree: Callable[[bytes], None]) -> R
             "made anew: `fedvision-site init` in another folder",
         )
     own_key = _key_for_identity(home, found)
+    if own_key == home.identity:
+        check_guard(home)
     tls_key = _key_for_certificate(home, kit)
     _check_roster(home, found.roster, pinned)
     if pinned is None:
@@ -216,6 +218,20 @@ def join(home: SiteHome, found: CheckedKit, agree: Callable[[bytes], None]) -> R
             )
             write_text(home.tls_cert, kit.certificate)
     return found.roster
+
+
+def check_guard(home: SiteHome) -> None:
+    """Check that a site which has joined knows how far it went.
+
+    Raises:
+        StorageError: Its high-water marks are gone. With the old identity it could answer twice what it
+            answered before.
+    """
+    if home.trust_roster.exists() and not home.roster_mark.exists():
+        raise StorageError(
+            f"{home.guard} is gone or empty: nothing shows what this site has answered",
+            f"a site without it needs a new identity: fedvision-site init {home.root} --renew --new-identity",
+        )
 
 
 def pinned_governance(home: SiteHome) -> bytes | None:

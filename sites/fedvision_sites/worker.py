@@ -92,7 +92,7 @@ class Worker:
             self._note_refused()
             return None
         self._number = seal.number
-        write_json(self._number_file, {"number": seal.number}, 0o600)
+        write_json(self._number_file, {"format": 1, "number": seal.number}, 0o600)
         reply = self._do(content, seal)
         head = self._log.head()
         back = Seal(self.name, SERVER, seal.number, asked, head.count, head.digest.hex())
