@@ -14,8 +14,9 @@ from fedvision.config import Job, parse_job
 from fedvision.data.manifest import Case, Manifest, save_manifest
 
 SIZE = 32
-hypothesis.settings.register_profile("shared machine", deadline=None)
-hypothesis.settings.load_profile("shared machine")
+hypothesis.settings.register_profile("same everywhere", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None)  # pytest --hypothesis-profile=explore
+hypothesis.settings.load_profile("same everywhere")
 
 
 def write_site(root: Path, name: str, counts: tuple[int, int, int] = (4, 2, 2), seed: int = 0) -> Path:

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -67,6 +68,11 @@ class Federation:
         self.server_command(
             "init", self.home, "--name", "tiny", "--address", f"{hosts.server.address}:{PORT}", at_home=False
         )
+        if not hosts.is_supported:  # all on one interface, perhaps beside another federation
+            settings = (self.home / "server.toml").read_text()
+            settings = settings.replace("control_port = 9093", f"control_port = {free_port()}")
+            settings = settings.replace("health_port = 9094", "health_port = 0")
+            (self.home / "server.toml").write_text(settings)
         for index, name in enumerate(self.names):
             self.add_site(index, write_site(folder / "data", name, counts), automatic)
 
@@ -80,6 +86,9 @@ class Federation:
         settings = settings.replace(
             "smallest_cohort = 5", f"smallest_cohort = {max(3, min(5, len(self.names)))}"
         )
+        if not self.hosts.is_supported:
+            assert "health_port = 9095" in settings
+            settings = settings.replace("health_port = 9095", "health_port = 0")
         (home / "site.toml").write_text(settings)
         kit = self.folder / f"{name}.kit.json"
         digits = fingerprint(home / "keys" / "identity.pub")
@@ -163,8 +172,8 @@ class Federation:
     def kill_part(self, words: str) -> None:
         """Kill those of the server's own programs (kill -9) whose command line holds these words."""
         found = psutil.Process(self.programs["server"].pid).children(recursive=True)
-        parts = [part for part in found if words in " ".join(part.cmdline())]
-        assert parts, f"no part {words} among {[part.cmdline() for part in found]}"
+        parts = [part for part in found if words in command_of(part)]
+        assert parts, f"no part {words} among {[command_of(part) for part in found]}"
         for part in parts:
             part.kill()
 
@@ -174,6 +183,8 @@ class Federation:
             "aggregation__secure": True,
             "secure_aggregation__smallest_cohort": max(3, min(5, len(self.names))),
             "secure_aggregation__weight_cap": 1000,
+            "rounds": 2,
+            "evaluation__every": 2,
         }
         job = parse_job(tiny_content(self.folder / "data", **(settings | changes)), "tiny")
         path = self.folder / "job.toml"
@@ -228,6 +239,21 @@ class Federation:
         for name in sorted(weights):
             total.update(name.encode() + weights[name].tobytes())
         return total.hexdigest()
+
+
+def command_of(process: psutil.Process) -> str:
+    """Return a process' command line, "" for one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def fingerprint(public: Path) -> str:
