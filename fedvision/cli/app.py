@@ -2,7 +2,6 @@
 
 import os
 import sys
-from typing import Annotated
 
 # Before torch is imported anywhere. Threads that wait for each other by spinning make training many
 # times slower as soon as another program wants a core; sleeping instead costs almost nothing.
@@ -10,9 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from fedvision import __version__
 from fedvision.cli import compare, data, init, keys, simulate, verify
-from fedvision.cli.program import paragraphs, run_app
+from fedvision.cli.program import paragraphs, run_app, version_option
 
 HELP = """Federated learning for medical imaging: simulate a federation of hospitals on this machine.
 
@@ -43,21 +41,7 @@ app.command("simulate", help=paragraphs(simulate.simulate), epilog=simulate.EPIL
 app.command("report", help=paragraphs(simulate.report))(simulate.report)
 app.command("compare", help=paragraphs(compare.compare))(compare.compare)
 app.command("verify", help=paragraphs(verify.verify), epilog=verify.EPILOG)(verify.verify)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
+app.callback()(version_option)
 
 
 def main(argv: list[str] | None = None) -> int:

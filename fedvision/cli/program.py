@@ -8,18 +8,34 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from fedvision import __version__
 from fedvision.cli.job_file import toml_value
 from fedvision.errors import ConfigError, FedvisionError
 
 WIDTH = 100
 TELEPHONE = """Call {owner} on a number that you had before, not one that came with the file. They read
 the eight groups from their own screen, you read along. If one differs, it is another key: do not use it."""
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def version_option(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Stand for a program's own options, before its commands: a typer callback."""
 
 
 def run_app(app: typer.Typer, program: str, argv: list[str] | None) -> int:

@@ -13,21 +13,17 @@ Folders of keys are 0700 and private keys 0600. ``ServerHome`` names paths only;
 """
 
 import contextlib
-import fcntl
 import ipaddress
-import os
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from fedvision import home
 from fedvision.config import Name, Section
-from fedvision.errors import ConfigError, StorageError
-from fedvision.secagg.documents import Refused, validated
 from fedvision.secagg.roster import Key
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -228,7 +224,7 @@ class ServerHome:
         Raises:
             ConfigError: There is none, or it is wrong; the text names the key.
         """
-        return read_settings(self.config)
+        return home.read_settings(self.config, ServerSettings, "fedvision-server")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -237,34 +233,5 @@ class ServerHome:
         Raises:
             StorageError: The folder is not writable.
         """
-        try:
-            handle = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StorageError(f"cannot write in {self.root}: {(error.strerror or '').lower()}") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with home.locked(self.root):
             yield
-        finally:
-            os.close(handle)
-
-
-def read_settings(path: Path) -> ServerSettings:
-    """Read a ``server.toml``.
-
-    Raises:
-        ConfigError: There is none, or it is wrong; the text names the key.
-    """
-    try:
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {(error.strerror or str(error)).lower()}",
-            "--home names the folder that `fedvision-server init` made",
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-    try:
-        return validated(ServerSettings, content)
-    except Refused as refused:
-        hint = refused.hint or "every key is explained in the file that `fedvision-server init` writes"
-        raise ConfigError(f"{path}: {refused.text}", hint) from None

@@ -2,16 +2,14 @@
 
 import os
 import sys
-from typing import Annotated
 
 # Before torch is imported anywhere, see ``fedvision.cli.app``.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from fedvision import __version__
 from fedvision.cli import audit_log
-from fedvision.cli.program import paragraphs, run_app
+from fedvision.cli.program import paragraphs, run_app, version_option
 from fedvision_sites import commands_jobs, commands_run, commands_setup
 
 HELP = """Take part in a federation: this site decides what runs here, and its images never leave it.
@@ -46,21 +44,7 @@ app.command("run", help=paragraphs(commands_run.run))(commands_run.run)
 for command in (commands_jobs.jobs, commands_jobs.allow, commands_jobs.deny):
     app.command(command.__name__, help=paragraphs(command))(command)
 app.add_typer(audit_log.app, name="audit-log")
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
+app.callback()(version_option)
 
 
 def main(argv: list[str] | None = None) -> int:

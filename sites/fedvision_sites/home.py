@@ -14,19 +14,15 @@ Folders of keys are 0700 and private keys 0600. ``SiteHome`` names paths only; i
 """
 
 import contextlib
-import fcntl
-import os
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fedvision import home
 from fedvision.config import Name, Section
-from fedvision.errors import ConfigError, StorageError
-from fedvision.secagg.documents import Refused, validated
 from fedvision.secagg.enrolling import ADDRESS
 from fedvision_sites.policy import Policy
 
@@ -42,7 +38,7 @@ class SiteSection(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(4, description="CPU threads for training")
     cache_gb: Annotated[float, Field(ge=0)] = Field(2.0, description="memory for decoded images, in GB")
     poll_s: Annotated[float, Field(ge=0.1, le=300)] = Field(
-        1.0, description="seconds between two questions to the server for work"
+        1.0, description="seconds between two questions for work to a server that does not hold them"
     )
     health_port: Annotated[int, Field(ge=0, le=65535)] = Field(
         9095, description="port on 127.0.0.1 for health and metrics; 0 for none"
@@ -183,7 +179,7 @@ class SiteHome:
         Raises:
             ConfigError: There is none, or it is wrong; the text names the key.
         """
-        found = read_settings(self.config)
+        found = home.read_settings(self.config, SiteSettings, "fedvision-site")
         data = (self.root / found.site.data.expanduser()).resolve()
         return found.model_copy(update={"site": found.site.model_copy(update={"data": data})})
 
@@ -194,34 +190,5 @@ class SiteHome:
         Raises:
             StorageError: The folder is not writable.
         """
-        try:
-            handle = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StorageError(f"cannot write in {self.root}: {(error.strerror or '').lower()}") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with home.locked(self.root):
             yield
-        finally:
-            os.close(handle)
-
-
-def read_settings(path: Path) -> SiteSettings:
-    """Read a ``site.toml``.
-
-    Raises:
-        ConfigError: There is none, or it is wrong; the text names the key.
-    """
-    try:
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {(error.strerror or str(error)).lower()}",
-            "--home names the folder that `fedvision-site init` made",
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-    try:
-        return validated(SiteSettings, content)
-    except Refused as refused:
-        hint = refused.hint or "every key is explained in the file that `fedvision-site init` writes"
-        raise ConfigError(f"{path}: {refused.text}", hint) from None
