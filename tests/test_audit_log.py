@@ -166,7 +166,7 @@ def test_every_kind_can_be_written(tmp_path: Path) -> None:
     for kind in sorted(KINDS - {"peer-head"}):
         log.append(kind)
     log.remember("utrecht", Head(3, b"\1" * 32), round=2)
-    assert verify_log(log.path, SERVER.public).count == len(KINDS) == 21
+    assert verify_log(log.path, SERVER.public).count == len(KINDS) == 19
 
 
 @many_files
@@ -282,7 +282,7 @@ def test_a_line_of_another_partys_key_is_found(tmp_path: Path, place: int) -> No
     # Where it is the last line, its owner would go on writing after it.
     path.write_bytes(b"".join(lines[: place + 1]))
     with pytest.raises(StorageError, match="not of this party's key"):
-        AuditLog(path, SERVER, "server").append("login")
+        AuditLog(path, SERVER, "server").append("started")
     # The same line with the right signature, but of another party.
     lines[place] = signed(content | {"party": "utrecht"})
     assert assert_refused(tmp_path, b"".join(lines)).rule in ("audit-party", "audit-previous")
@@ -353,7 +353,7 @@ def test_hostile_lines_are_refused_and_not_continued(tmp_path: Path, line: bytes
         verify_log(path, SERVER.public)
     before = path.read_bytes()
     with pytest.raises(StorageError, match="damaged"):
-        log.append("login")
+        log.append("started")
     assert path.read_bytes() == before
 
 
@@ -361,7 +361,7 @@ def test_an_empty_line_at_the_end_is_not_taken_for_an_empty_log(tmp_path: Path) 
     path = tmp_path / "audit.jsonl"
     log = filled(path, 2)
     path.write_bytes(path.read_bytes() + b"\n")
-    for call in (lambda: log.append("login"), log.head):
+    for call in (lambda: log.append("started"), log.head):
         with pytest.raises(StorageError, match="damaged"):
             call()
 
@@ -376,7 +376,7 @@ def test_a_line_torn_at_any_byte_is_dropped_by_the_next_one(tmp_path: Path) -> N
         log = AuditLog(path, SERVER, "server")
         assert log.head().count == verify_log(path, SERVER.public).count == 2
         assert check_log(path, SERVER.public).torn_bytes == end - two
-        log.append("restored")
+        log.append("stopped")
         assert verify_log(path, SERVER.public) == log.head()
         assert path.read_bytes().startswith(content[:two]) and len(lines_of(path)) == 3
 
@@ -409,7 +409,7 @@ def test_an_append_does_not_read_the_whole_file(tmp_path: Path, monkeypatch: pyt
         return pread(handle, size, place)
 
     monkeypatch.setattr(os, "pread", counted)
-    log.append("login")
+    log.append("started")
     assert log.path.stat().st_size > 5 * BLOCK
     assert sum(read) <= BLOCK
 
@@ -431,7 +431,7 @@ def script(tmp_path: Path, body: str) -> list[str]:
 
 
 def test_processes_that_write_at_once_make_one_chain(tmp_path: Path) -> None:
-    command = script(tmp_path, "for n in range(40): log.append('login', who=sys.argv[1], n=n)")
+    command = script(tmp_path, "for n in range(40): log.append('started', who=sys.argv[1], n=n)")
     running = [subprocess.Popen([*command, str(one)]) for one in range(3)]
     log = AuditLog(tmp_path / "audit.jsonl", SERVER, "server")
     heads = []
@@ -475,16 +475,16 @@ def test_a_full_disk_in_mid_line_leaves_whole_lines(tmp_path: Path) -> None:
     """The limit on a file's size makes the system write a part of the line, as a full disk does."""
     body = """
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        for n in range(3): log.append("login", n=n)
+        for n in range(3): log.append("started", n=n)
         end = path.stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (end + 100, resource.RLIM_INFINITY))
         try:
-            log.append("login", n=3)
+            log.append("started", n=3)
         except Exception as error:
             print(type(error).__name__, error, error.hint)
         assert path.stat().st_size == end
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        log.append("login", n=4)
+        log.append("started", n=4)
     """
     done = subprocess.run(script(tmp_path, body), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -505,7 +505,7 @@ def test_a_disk_that_does_not_flush_is_an_error_and_the_line_is_taken_back(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="no space left"):
-        log.append("login")
+        log.append("started")
     assert log.path.read_bytes() == before
 
 
@@ -513,7 +513,7 @@ def test_another_partys_log_or_another_name_is_not_continued(tmp_path: Path) -> 
     log = filled(tmp_path / "audit.jsonl", 1)
     before = log.path.read_bytes()
     for wrong in (AuditLog(log.path, SITE, "server"), AuditLog(log.path, SERVER, "utrecht")):
-        for call in (lambda wrong=wrong: wrong.append("login"), wrong.head):
+        for call in (lambda wrong=wrong: wrong.append("started"), wrong.head):
             with pytest.raises(StorageError, match="not of this party's key"):
                 call()
     assert log.path.read_bytes() == before
@@ -532,7 +532,7 @@ def test_rotated_parts_are_one_chain(tmp_path: Path) -> None:
     assert rotate(path) == tmp_path / "audit-0002.jsonl"
     path.write_bytes(b'{"count"')  # Torn: the part before is continued.
     assert log.head().count == 5
-    log.append("login")
+    log.append("started")
     files = parts(path)
     assert [file.name for file in files] == ["audit-0001.jsonl", "audit-0002.jsonl", "audit.jsonl"]
     assert verify_log(files, SERVER.public) == log.head() and log.head().count == 6
@@ -595,14 +595,14 @@ def test_a_new_key_continues_the_log(tmp_path: Path) -> None:
     new, third = generate("coordinator"), generate("coordinator")
     log.change_key(new)
     with pytest.raises(StorageError, match="handed over"):
-        AuditLog(log.path, SERVER, "server").append("login")
+        AuditLog(log.path, SERVER, "server").append("started")
     log = AuditLog(log.path, new, "server")
     # Before the new key has signed anything, nothing here is its owner's.
     with pytest.raises(VerificationError, match="no line is signed"):
         verify_log(log.path, new.public)
-    log.append("login")
+    log.append("started")
     log.change_key(third)
-    log.append("login")
+    log.append("started")
     for key in (SERVER, new, third):
         assert verify_log(log.path, key.public) == log.head()
     assert check_log(log.path, third.public).num_keys == 3
@@ -695,7 +695,7 @@ def test_verify_says_what_holds_and_what_is_not_shown(home: AuditLog, capsys: Ca
     assert home.head().digest.hex() in output
     assert "Not checked: whether its end was cut off" in output
     rotate(home.path)
-    home.append("login")
+    home.append("started")
     assert run("verify") == 0
     assert "audit-0001.jsonl, audit.jsonl: the log of utrecht holds, 3 lines" in capsys.readouterr().out
     Path("audit-0001.jsonl").unlink()
@@ -780,6 +780,6 @@ def test_rotate_begins_a_new_file(home: AuditLog, capsys: Captured) -> None:
     assert "audit.jsonl is now audit-0001.jsonl" in capsys.readouterr().out
     assert run("rotate") == 0
     assert "no line in it" in capsys.readouterr().out
-    home.append("login")
+    home.append("started")
     assert run("show") == 0
     assert "enrolment" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The server's link and the sites' workers, joined by a stand-in for Flower that loses messages."""
 
 import dataclasses
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -27,7 +28,7 @@ from fedvision.wire.messages import HelloRequest, Refusal, as_vector
 from fedvision.wire.records import pack
 from fedvision_server.chartering import load_job_folder
 from fedvision_server.cli import main as server_main
-from fedvision_server.deployed import SiteLink, node_keys, run_in_folder
+from fedvision_server.deployed import SiteLink, node_keys, noted_in, run_in_folder
 from fedvision_server.home import Deadlines, ServerHome
 from fedvision_server.queue import open_queue
 from fedvision_sites.cli import main as site_main
@@ -206,6 +207,42 @@ def test_both_sides_hold_the_others_log_to_its_word(stage: Stage) -> None:
     server.audit.write_bytes(b"".join(lines[: max(known) - 1]))
     with pytest.raises(VerificationError):
         verify_log(server.audit, public[SERVER], known)
+
+
+def test_the_audit_logs_say_which_rounds_were_and_what_left(stage: Stage) -> None:
+    stage.run(StandIn(stage.server, stage.sites))
+    lines = list(read_log(stage.server.audit))
+    rounds = [line.fields for line in lines if line.kind == "round-closed"]
+    assert [(one["round"], one["num_sites"], one["level"]) for one in rounds] == [
+        (1, 3, "sum"),
+        (2, 3, "sum"),
+    ]
+    assert [line.fields["round"] for line in lines if line.kind == "round-opened"] == [1, 2]
+    (released,) = (line.fields["model"] for line in lines if line.kind == "released")
+    assert released == hashlib.sha256((stage.folder / "model.safetensors").read_bytes()).hexdigest()
+    own = list(read_log(stage.sites["a"].audit))
+    assert [line.fields["round"] for line in own if line.kind == "round-opened"] == [1, 2]
+    left = [(line.fields["round"], line.fields["what"]) for line in own if line.kind == "released"]
+    assert left.count((1, "masked input")) == 2  # the update, and the results of validation
+    assert left[-1] == (2, "test sums")
+
+
+def test_the_audit_log_says_who_was_left_out_and_why(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl", identity.generate("server"), SERVER)
+    note = noted_in(log, "0001-x")
+    for event in (
+        {"event": "train", "round": 1, "site": "a", "status": "refused", "reason": "norm above the bound"},
+        {"event": "train", "round": 1, "site": "b", "status": "accepted"},
+        {"event": "expelled", "round": 1, "site": "a", "rule": "sketch", "evidence": "x"},
+        {"event": "thrown away", "round": 1, "reason": "the sum is not the sum of the sketches"},
+        {"event": "waiting", "round": 0, "sites": ["c"]},
+    ):
+        note(event)
+    assert [line.kind for line in read_log(tmp_path / "audit.jsonl")] == [
+        "excluded",
+        "expelled",
+        "round-closed",
+    ]
 
 
 def as_other(stage: Stage, name: str, reply: RecordDict) -> RecordDict:

@@ -19,8 +19,8 @@ from fedvision.secagg.identity import is_sound
 
 FORMAT = 1
 KINDS = frozenset({
-    "allow", "charter", "deny", "enrolment", "excluded", "expelled", "finished", "key-change", "login",
-    "peer-head", "policy", "refused", "released", "restored", "revocation", "roster", "round-closed",
+    "allow", "charter", "deny", "enrolment", "excluded", "expelled", "finished", "key-change",
+    "peer-head", "policy", "refused", "released", "revocation", "roster", "round-closed",
     "round-opened", "started", "stopped", "submitted",
 })  # fmt: skip
 LABEL = b"fedvision/audit/v1"

@@ -13,6 +13,7 @@ Rules:
 
 import fcntl
 import functools
+import hashlib
 import logging
 import os
 import time
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -34,6 +36,7 @@ from fedvision.storage import write_json
 from fedvision.wire.envelope import SERVER, Seal, content_digest, open_seal, sealed
 from fedvision.wire.messages import HelloRequest, Refusal, Reply, Request, SecureRequest, TrainRequest
 from fedvision.wire.records import MESSAGE_TYPES, pack, unpack
+from fedvision_server.federation import Observer
 from fedvision_server.home import Deadlines, ServerHome
 from fedvision_server.site_records import load_records
 
@@ -76,7 +79,7 @@ class SiteLink:
         grid: Flower's.
         folder: The job's folder; a file ``stop`` in it ends the run.
         roster: Names and keys of the sites.
-        node_keys: Flower node keys by the sites' numbers, DER.
+        node_keys: Flower node keys by the sites' numbers, PEM.
         sites: Numbers of the sites of the job.
         own: The server's key.
         log: The server's audit log.
@@ -250,7 +253,9 @@ def run_in_folder(grid: Grid, home: ServerHome, job_id: str) -> None:
             log = AuditLog(home.audit, own, SERVER)
             keys, deadlines = node_keys(home, roster), home.settings().deadlines
             link = SiteLink(grid, folder, roster, keys, started.numbers, own, log, deadlines)
-            run_job(started.job, link, folder, started.cohort, lambda event: None, started.keys)
+            run_job(started.job, link, folder, started.cohort, noted_in(log, job_id), started.keys)
+            with (folder / "model.safetensors").open("rb") as file:
+                log.append("released", job=job_id, model=hashlib.file_digest(file, "sha256").hexdigest())
         except Stopped as error:
             outcome = {"state": "stopped", "error": str(error), "hint": error.hint}
         except FedvisionError as error:
@@ -260,6 +265,26 @@ def run_in_folder(grid: Grid, home: ServerHome, job_id: str) -> None:
         else:
             outcome = {"state": "done", "error": "", "hint": ""}
         write_json(folder / "outcome.json", {"format": 1, **outcome})
+
+
+def noted_in(log: AuditLog, job_id: str) -> Observer:
+    """Return an observer that writes into the audit log what matters of a run's events."""
+
+    def observe(event: dict[str, Any]) -> None:
+        kind = event["event"]
+        about: dict[str, Any] = {"job": job_id, "round": int(event.get("round", 0))}
+        if kind == "start":
+            log.append("round-opened", **about, sites=event["sites"])
+        elif kind == "round":
+            log.append("round-closed", **about, num_sites=event["num_sites"], level=event["level"])
+        elif kind == "thrown away":
+            log.append("round-closed", **about, num_sites=0, reason=event["reason"])
+        elif kind == "expelled":
+            log.append("expelled", **about, site=event["site"], rule=event["rule"])
+        elif kind in ("train", "validate") and event.get("status") == "refused":
+            log.append("excluded", **about, site=event["site"], reason=event["reason"])
+
+    return observe
 
 
 def node_keys(home: ServerHome, roster: Roster) -> dict[int, bytes]:

@@ -32,7 +32,15 @@ from fedvision.secagg.codec import decode
 from fedvision.secagg.messages import Documents
 from fedvision.storage import append_line, read_json, write_json
 from fedvision.wire.envelope import SERVER, Seal, open_seal, sealed
-from fedvision.wire.messages import HelloRequest, Refusal, Reply, Request, TrainRequest
+from fedvision.wire.messages import (
+    EvaluateReply,
+    HelloRequest,
+    Refusal,
+    Reply,
+    Request,
+    SecureReply,
+    TrainRequest,
+)
 from fedvision.wire.records import pack, unpack
 from fedvision_sites.decisions import Desk
 from fedvision_sites.fleet import Fleet
@@ -72,7 +80,6 @@ class Worker:
         self._started = time.time()
         self.fleet: Fleet | None = None
         self.num_answered = self.num_refused = 0
-        self.last_round = 0
 
     @property
     def name(self) -> str:
@@ -113,7 +120,9 @@ class Worker:
             digest, number = request.job_digest, getattr(request, "round", 0)
             if isinstance(request, HelloRequest | TrainRequest):
                 self._note_round(request, seal)
-            return self._site_for(digest).answer(request)
+            reply = self._site_for(digest).answer(request)
+            self._note_release(reply)
+            return reply
         except MessageError as error:
             logger.warning("message refused: %s", error)
             return Refusal(digest, self.name, number, error.code)
@@ -125,10 +134,18 @@ class Worker:
 
     def _note_round(self, request: HelloRequest | TrainRequest, seal: Seal) -> None:
         """Write where the server's log stands into this site's, once a round."""
-        self.last_round = getattr(request, "round", 0)
+        if isinstance(request, TrainRequest):
+            self._log.append("round-opened", job=request.job_digest, round=request.round)
         if seal.log_head != self._server_head:
             self._server_head = seal.log_head
             self._log.append("peer-head", name=SERVER, count=seal.log_count, digest=seal.log_head)
+
+    def _note_release(self, reply: Reply) -> None:
+        """Write down what leaves with a reply, before it does."""
+        if isinstance(reply, SecureReply) and reply.masked.size:
+            self._log.append("released", job=reply.job_digest, round=reply.round, what="masked input")
+        elif isinstance(reply, EvaluateReply):
+            self._log.append("released", job=reply.job_digest, round=reply.round, what=f"{reply.split} sums")
 
     def _site_for(self, digest: str) -> Site:
         if self._site is None or self._site[0] != digest:
