@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 
 from fedvision.wire.bundle import bundle
+from fedvision.wire.parcels import SERVER_PULL, SERVER_PUSH, SITE_PULL, SITE_PUSH
+from fedvision_server.fleet_bell import Bell
 from fedvision_server.home import ServerHome
 from fedvision_server.site_records import load_records
 from fedvision_server.superlink import (
     FLEET_STACK,
+    LARGEST,
     PATHS,
     RUNTIME_STACK,
-    Bell,
     EnrolledSites,
     fleet_app,
     flower_app,
@@ -71,8 +73,22 @@ async def ask(
         "headers": [(key.encode(), value) for key, value in headers.items()],
         "fedvision.peer": peer,
     }
-    await app(scope, None, send)
+    await app(scope, body_then_nothing(), send)
     return statuses[0]
+
+
+def body_then_nothing(body: bytes = b"") -> Callable[[], Coroutine[Any, Any, Any]]:
+    """Return what gives an app the body of a request, and then waits for the client to hang up."""
+    is_read = False
+
+    async def receive() -> Any:
+        nonlocal is_read
+        if is_read:
+            await asyncio.sleep(60)
+        is_read = True
+        return {"type": "http.request", "body": body}
+
+    return receive
 
 
 def node_header(server: ServerHome, name: str, length: bytes = b"10") -> dict[str, bytes]:
@@ -85,12 +101,12 @@ def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 def test_an_enrolled_site_reaches_what_a_worker_needs_and_nothing_else(server: ServerHome) -> None:
-    flower = Flower()
+    flower, parcels = Flower(), Flower()
     peer, headers = load_records(server)["aachen"].fingerprint, node_header(server, "aachen")
 
     async def work() -> None:
-        app = fleet_app(flower, EnrolledSites(server), Bell(0.01), Bell(0.01))
-        for path in PATHS:
+        app = fleet_app(flower, parcels, EnrolledSites(server), Bell(0.01), Bell(0.01))
+        for path in LARGEST:
             assert await ask(app, path, headers, peer) == 200
         for path in (
             "/v1/fleet/register-node",
@@ -101,6 +117,8 @@ def test_an_enrolled_site_reaches_what_a_worker_needs_and_nothing_else(server: S
             "/v1/control/list-nodes",
             "/v1/runtime/acquire-task",
             "/v1/runtime/push-messages",
+            SERVER_PULL,
+            SERVER_PUSH,
             "/health",
             "/docs",
             "/openapi.json",
@@ -113,6 +131,7 @@ def test_an_enrolled_site_reaches_what_a_worker_needs_and_nothing_else(server: S
 
     run(work)
     assert set(flower.paths) == PATHS
+    assert set(parcels.paths) == {SITE_PULL, SITE_PUSH}
 
 
 def test_who_is_not_enrolled_or_bears_anothers_key_gets_nothing(server: ServerHome) -> None:
@@ -120,15 +139,21 @@ def test_who_is_not_enrolled_or_bears_anothers_key_gets_nothing(server: ServerHo
     own = node_header(server, "aachen")
 
     async def work() -> None:
-        app = fleet_app(flower, EnrolledSites(server), Bell(0.01), Bell(0.01))
+        app = fleet_app(flower, flower, EnrolledSites(server), Bell(0.01), Bell(0.01))
         for peer in ("", None, "0" * 64, records["aachen"].fingerprint.upper()):
-            assert await ask(app, PULL, own, peer) == 403
+            for path in (PULL, SITE_PULL, SITE_PUSH):
+                assert await ask(app, path, own, peer) == 403
+        assert await ask(app, SITE_PUSH, node_header(server, "bergen"), records["aachen"].fingerprint) == 403
         assert await ask(app, PULL, node_header(server, "bergen"), records["aachen"].fingerprint) == 403
         peer = records["aachen"].fingerprint
         for wrong in ({}, {"flwr-public-key": b"%%%"}, {"flwr-public-key": b""}):
             assert await ask(app, PULL, {"content-length": b"1", **wrong}, peer) == 403
         for length in (b"-1", b"99999999999", b"x"):
             assert await ask(app, PULL, node_header(server, "aachen", length), peer) in (403, 413)
+        for path in LARGEST:
+            assert (
+                await ask(app, path, node_header(server, "aachen", b"%d" % (LARGEST[path] + 1)), peer) == 413
+            )
         without = {key: value for key, value in own.items() if key != "content-length"}
         assert await ask(app, PULL, without, peer) == 413
 
@@ -162,12 +187,13 @@ def test_on_loopback_everything_but_the_runtime_interface_wants_the_secret() -> 
     flower = Flower()
 
     async def work() -> None:
-        app = loopback_app(flower, flower, "s3cret", Bell(0.01), Bell(0.01))
-        for path in ("/v1/control/start-run", "/v1/fleet/pull-messages", "/health", "/docs", "/v1/runtime"):
+        app = loopback_app(flower, flower, flower, "s3cret", Bell(0.01), Bell(0.01))
+        for path in ("/v1/control/start-run", PULL, SITE_PULL, SITE_PUSH, "/health", "/docs", "/v1/runtime"):
             for headers in ({}, {"authorization": b"Bearer "}, {"authorization": b"Bearer s3cret2"}):
                 assert await ask(app, path, headers) == 401
             assert await ask(app, path, {"authorization": b"Bearer s3cret"}) == 200
-        assert await ask(app, "/v1/runtime/acquire-task", {}) == 200
+        for path in ("/v1/runtime/acquire-task", SERVER_PULL, SERVER_PUSH):  # these want a task's token
+            assert await ask(app, path, {}) == 200
 
     run(work)
 
@@ -180,41 +206,88 @@ def test_the_secret_is_made_once_and_is_for_its_owner_only(tmp_path: Path) -> No
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+class Box:
+    """Stands for Flower's app: hands out what is in it, once."""
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        found = self.messages.pop() if self.messages else b""
+        await send({"type": "http.response.body", "body": found})
+
+
+async def held(bell: Bell, box: Box, receive: Any = None) -> bytes | None:
+    """Return the answer to a request for messages, None if there is none at all."""
+    events: list[Any] = []
+
+    async def send(event: Any) -> None:
+        events.append(event)
+
+    await bell.answered(box, {"path": PULL}, receive or body_then_nothing(b"asked"), send)
+    return b"".join(event.get("body", b"") for event in events) if events else None
+
+
 def test_a_request_for_messages_is_held_until_one_comes() -> None:
     async def work() -> None:
-        flower, bell = Flower(b""), Bell(0.4)
-        started = time.monotonic()
-
-        async def pull(who: str) -> float:
-            async def send(event: Any) -> None:
-                pass
-
-            await bell.answered(flower, {"path": PULL}, None, send, who)
-            return time.monotonic() - started
-
-        assert await pull("a") < 0.2  # the first is answered at once, and finds nothing
-        assert 0.35 < await pull("a") < 1.0  # so the next waits for its patience
-        waiting = asyncio.ensure_future(pull("a"))
+        box, bell = Box(), Bell(5.0)
+        waiting = asyncio.ensure_future(held(bell, box))
         await asyncio.sleep(0.1)
-        started = time.monotonic()
+        bell.ring()  # for somebody else
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        box.messages.append(b"a message that is long")
         bell.ring()
-        assert await waiting < 0.3
-        assert await pull("b") < 0.6  # another one has not heard of it yet
+        started = time.monotonic()
+        assert await waiting == b"a message that is long"
+        assert time.monotonic() - started < 2.0
+        assert box.bodies == [b"asked"] * 3
 
     run(work)
 
 
-def test_who_got_a_message_asks_for_the_next_at_once() -> None:
+def test_a_message_that_is_there_is_handed_over_at_once() -> None:
     async def work() -> None:
-        flower, bell = Flower(b"a message that is longer"), Bell(5.0)
-
-        async def send(event: Any) -> None:
-            pass
-
+        box, bell = Box(), Bell(60.0)
+        box.messages = [b"the second message", b"the first message"]
         started = time.monotonic()
-        for _ in range(3):
-            await bell.answered(flower, {"path": PULL}, None, send, "a")
+        assert await held(bell, box) == b"the first message"
+        assert await held(bell, box) == b"the second message"
         assert time.monotonic() - started < 2.0
+
+    run(work)
+
+
+def test_patience_ends_with_an_empty_answer() -> None:
+    async def work() -> None:
+        box, started = Box(), time.monotonic()
+        assert await held(Bell(0.3), box) == b""
+        assert 0.25 < time.monotonic() - started < 3.0
+        assert len(box.bodies) == 1
+
+    run(work)
+
+
+def test_who_hung_up_takes_no_message() -> None:
+    async def work() -> None:
+        box, bell = Box(), Bell(60.0)
+        parts = [b"as", b"ked"]
+
+        async def receive() -> Any:
+            if parts:
+                return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+            await asyncio.sleep(0.1)
+            return {"type": "http.disconnect"}
+
+        assert await held(bell, box, receive) is None
+        assert box.bodies == [b"asked"]
+        box.messages.append(b"a message that is long")
+        bell.ring()
+        await asyncio.sleep(0.1)
+        assert box.messages
 
     run(work)
 
@@ -224,21 +297,25 @@ def test_a_message_wakes_the_other_side(server: ServerHome) -> None:
 
     async def work() -> None:
         to_sites, to_server = Bell(10.0), Bell(10.0)
-        fleet = fleet_app(Flower(b""), EnrolledSites(server), to_sites, to_server)
-        loopback = loopback_app(Flower(b""), Flower(b""), "s", to_sites, to_server)
-        await ask(fleet, PULL, headers, peer)
-        await ask(loopback, "/v1/runtime/pull-messages", {})
+        one, two = Box(), Box()
+        fleet = fleet_app(one, one, EnrolledSites(server), to_sites, to_server)
+        loopback = loopback_app(two, two, two, "s", to_sites, to_server)
         started = time.monotonic()
-        held = asyncio.ensure_future(ask(fleet, PULL, headers, peer))
-        await asyncio.sleep(0.05)
-        assert not held.done()
-        await ask(loopback, "/v1/runtime/push-object", {})
-        await held
-        held = asyncio.ensure_future(ask(loopback, "/v1/runtime/pull-messages", {}))
-        await asyncio.sleep(0.05)
-        assert not held.done()
-        await ask(fleet, PUSH, headers, peer)
-        await held
+        for path in (PULL, SITE_PULL):
+            waiting = asyncio.ensure_future(ask(fleet, path, headers, peer))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            one.messages.append(b"a message that is long")
+            await ask(loopback, "/v1/runtime/push-object", {})
+            await waiting
+        for path in ("/v1/runtime/pull-messages", SERVER_PULL):
+            waiting = asyncio.ensure_future(ask(loopback, path, {}))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            await ask(fleet, PUSH, headers, peer)  # takes nothing
+            two.messages.append(b"an answer that is long")
+            await ask(fleet, PUSH, headers, peer)
+            await waiting
         assert time.monotonic() - started < 5.0
 
     run(work)

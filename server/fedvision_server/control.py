@@ -19,6 +19,8 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from fedvision.wire.bundle import bundle
 
 ENDED = "finished"
+HOME_VARIABLE = "FEDVISION_SERVER_HOME"
+"""Flower starts the ServerApp with the environment and a bundle, and nothing else."""
 
 
 class Control:

@@ -4,6 +4,7 @@
 
     fleet port      TLS 1.3, a client certificate of this federation's CA required; a few /v1/fleet/ paths
     loopback port   Flower's Control and Runtime interfaces, for the supervisor and the ServerApp
+    both            two paths for parcels, see ``fleet_parcels``
 
 Rules:
 - On the fleet port a request passes if its path is one that a worker needs, its certificate is that of an
@@ -16,7 +17,6 @@ Rules:
 import asyncio
 import base64
 import binascii
-import contextlib
 import hmac
 import logging
 import math
@@ -25,7 +25,7 @@ import secrets
 import ssl
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,13 @@ from fedvision.errors import ConfigError
 from fedvision.secagg import certificates
 from fedvision.storage import write_atomic
 from fedvision.wire.bundle import ENVIRONMENT
-from fedvision.wire.envelope import SERVER
+from fedvision.wire.parcels import LARGEST_OF_SITE, SERVER_PULL, SERVER_PUSH, SITE_PULL, SITE_PUSH
+from fedvision_server.fleet_bell import App, Bell, Scope
 from fedvision_server.home import ServerHome, split_address
 from fedvision_server.site_records import load_records
 
 logger = logging.getLogger(__name__)
 
-Scope = MutableMapping[str, Any]
-App = Callable[[Scope, Any, Any], Awaitable[None]]
 FLEET, RUNTIME = "/v1/fleet/", "/v1/runtime/"
 PATHS = frozenset(
     FLEET + name
@@ -59,16 +58,19 @@ PATHS = frozenset(
         "get-run",
     )
 )
-"""What a worker needs. Not among them: registering nodes, and fetching code (``get-fab``)."""
+"""What a SuperNode needs of Flower. Not among them: registering nodes, and fetching code (``get-fab``)."""
+PULLS = (FLEET + "pull-messages", SITE_PULL)
+LARGEST = dict.fromkeys(PATHS, 32 << 20) | dict.fromkeys(PULLS, 1 << 16) | {SITE_PUSH: LARGEST_OF_SITE}
+"""Bytes of a request, by path; Flower sends vectors in chunks of 5 MB."""
 NODE_KEY_HEADER = b"flwr-public-key"
 SITE_PATIENCE_S, SERVER_PATIENCE_S = 20.0, 0.5
 """How long a request for messages is held while there is none."""
+STOP_S = 2
+"""How long requests that are held or under way may take when the program is told to stop."""
 FLEET_STACK = ("BaseHTTPMiddleware", "ProtobufTranslationMiddleware", "NodeAuthMiddleware")
 RUNTIME_STACK = ("BaseHTTPMiddleware", "ProtobufTranslationMiddleware", "RuntimeTracingMiddleware")
 """What Flower's own interfaces need of its middlewares: errors, decoding, and who a node is. The others are
 for the Control interface, or write event logs that are off."""
-LARGEST_BODY = 32 << 20
-"""Bytes; Flower sends vectors in chunks of 5 MB."""
 
 
 def secret_file(path: Path) -> str:
@@ -108,52 +110,6 @@ class EnrolledSites:
         return self._keys.get(fingerprint)
 
 
-class Bell:
-    """Holds requests for messages until there may be one, so that nobody has to ask again and again.
-
-    A message is there once its objects are: it is rung at each object, and is heard when it has been quiet
-    for a moment. Who got a message asks for the next one at once.
-    """
-
-    QUIET_S = 0.02
-    EMPTY_BYTES = 8
-
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
-        self._rung = 0
-        self._rung_at = -math.inf
-        self._changed = asyncio.Event()
-        self._heard: dict[str, int] = {}
-
-    def ring(self) -> None:
-        """Say that something has come."""
-        self._rung += 1
-        self._rung_at = time.monotonic()
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def answered(self, app: App, scope: Scope, receive: Any, send: Any, who: str) -> None:
-        """Pass a request for messages on when it is worth it, or patience is over."""
-        until = time.monotonic() + self._patience_s
-        while self._heard.get(who) == self._rung and (left := until - time.monotonic()) > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left)
-        while (left := self._rung_at + self.QUIET_S - time.monotonic()) > 0 and time.monotonic() < until:
-            await asyncio.sleep(left)
-        rung, length = self._rung, 0
-
-        async def measured(event: Any) -> None:
-            nonlocal length
-            length += len(event.get("body", b""))
-            await send(event)
-
-        await app(scope, receive, measured)
-        if length <= self.EMPTY_BYTES:
-            self._heard[who] = rung
-        else:
-            self._heard.pop(who, None)
-
-
 async def refuse(send: Any, status: int, reason: str) -> None:
     """Answer with a status and a short reason."""
     head = [(b"content-type", b"text/plain"), (b"connection", b"close")]
@@ -161,8 +117,8 @@ async def refuse(send: Any, status: int, reason: str) -> None:
     await send({"type": "http.response.body", "body": reason.encode()})
 
 
-def fleet_app(app: App, sites: EnrolledSites, to_sites: Bell, to_server: Bell) -> App:
-    """Return Flower's app as sites may see it."""
+def fleet_app(app: App, parcels: App, sites: EnrolledSites, to_sites: Bell, to_server: Bell) -> App:
+    """Return Flower's app, and the one for parcels, as sites may see them."""
 
     async def guarded(scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -171,7 +127,8 @@ def fleet_app(app: App, sites: EnrolledSites, to_sites: Bell, to_server: Bell) -
         if expected is None:
             await refuse(send, 403, "this certificate is not that of an enrolled site")
             return
-        if scope["method"] != "POST" or scope["path"] not in PATHS:
+        path = scope["path"]
+        if scope["method"] != "POST" or path not in LARGEST:
             await refuse(send, 404, "no such path for sites")
             return
         headers = dict(scope["headers"])
@@ -182,31 +139,38 @@ def fleet_app(app: App, sites: EnrolledSites, to_sites: Bell, to_server: Bell) -
             key, length = b"", -1
         if not hmac.compare_digest(key, expected):
             await refuse(send, 403, "the node key is not the one enrolled with this certificate")
-        elif not 0 <= length <= LARGEST_BODY:
+        elif not 0 <= length <= LARGEST[path]:
             await refuse(send, 413, "too large, or of unknown length")
-        elif scope["path"] == FLEET + "pull-messages":
-            await to_sites.answered(app, scope, receive, send, key.hex())
+        elif path in PULLS:
+            own = parcels if path == SITE_PULL else app
+            await to_sites.answered(own, scope, receive, send)
+        elif path == SITE_PUSH:
+            await parcels(scope, receive, send)
         else:
             await app(scope, receive, send)
-            if scope["path"] == FLEET + "push-object":
+            if path == FLEET + "push-object":
                 to_server.ring()
 
     return guarded
 
 
-def loopback_app(app: App, runtime: App, secret: str, to_sites: Bell, to_server: Bell) -> App:
-    """Return Flower's app with a secret before everything but the Runtime interface, which has its own."""
+def loopback_app(app: App, runtime: App, parcels: App, secret: str, to_sites: Bell, to_server: Bell) -> App:
+    """Return Flower's app with a secret before everything but what a ServerApp uses, which shows a token."""
     wanted = b"Bearer " + secret.encode()
 
     async def guarded(scope: Scope, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not scope["path"].startswith(RUNTIME):
+        path = scope.get("path", "")
+        is_open = path.startswith(RUNTIME) or path in (SERVER_PULL, SERVER_PUSH)
+        if scope["type"] == "http" and not is_open:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, wanted):
                 await refuse(send, 401, "the control secret is missing or wrong")
                 return
-        path = scope.get("path", "")
-        if path == RUNTIME + "pull-messages":
-            await to_server.answered(runtime, scope, receive, send, SERVER)
+        if path in (SERVER_PULL, RUNTIME + "pull-messages"):
+            own = parcels if path == SERVER_PULL else runtime
+            await to_server.answered(own, scope, receive, send)
+        elif path == SERVER_PUSH:
+            await parcels(scope, receive, send)
         elif path.startswith(RUNTIME):
             await runtime(scope, receive, send)
             if path == RUNTIME + "push-object":
@@ -294,6 +258,8 @@ def flower_app(home: ServerHome, control_port: int) -> Any:
 
 def servers(home: ServerHome) -> tuple[uvicorn.Server, uvicorn.Server]:
     """Return the loopback server and the fleet server of one SuperLink."""
+    from fedvision_server.fleet_parcels import Parcels
+
     settings = home.settings()
     app = flower_app(home, settings.control_port)
     tls = certificates.server_context(certificate=home.tls_cert, key=home.tls_key, authority=home.ca_cert)
@@ -302,17 +268,22 @@ def servers(home: ServerHome) -> tuple[uvicorn.Server, uvicorn.Server]:
         return tls
 
     to_sites, to_server = Bell(SITE_PATIENCE_S), Bell(SERVER_PATIENCE_S)
-    common: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+    parcels = Parcels(app, {SITE_PUSH: to_server.ring, SERVER_PUSH: to_sites.ring})
+    secret = secret_file(home.flower / "control.secret")
+    common: dict[str, Any] = {
+        "log_level": "warning",
+        "access_log": False,
+        "server_header": False,
+        "timeout_graceful_shutdown": STOP_S,
+    }
     loopback = uvicorn.Config(
-        loopback_app(
-            app, stack(app, RUNTIME_STACK), secret_file(home.flower / "control.secret"), to_sites, to_server
-        ),
+        loopback_app(app, stack(app, RUNTIME_STACK), parcels, secret, to_sites, to_server),
         host="127.0.0.1",
         port=settings.control_port,
         **common,
     )
     fleet = uvicorn.Config(
-        fleet_app(stack(app, FLEET_STACK), EnrolledSites(home), to_sites, to_server),
+        fleet_app(stack(app, FLEET_STACK), parcels, EnrolledSites(home), to_sites, to_server),
         host=settings.listen,
         port=split_address(settings.address)[1],
         lifespan="off",

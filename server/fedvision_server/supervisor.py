@@ -29,8 +29,7 @@ from fedvision.secagg import identity
 from fedvision.storage import read_json, write_json
 from fedvision.wire.bundle import ENVIRONMENT
 from fedvision.wire.envelope import SERVER
-from fedvision_server.control import Control
-from fedvision_server.deployed import HOME_VARIABLE
+from fedvision_server.control import HOME_VARIABLE, Control
 from fedvision_server.home import ServerHome, ServerSettings
 from fedvision_server.queue import open_queue
 from fedvision_server.queue_rows import Entry, State

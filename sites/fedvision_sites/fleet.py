@@ -5,7 +5,8 @@ process for each message and runs code that it was sent; here nothing is fetched
 
 Rules:
 - Outgoing connections only, TLS 1.3, to a server with a certificate of the federation's own CA.
-- A vector travels in chunks; a chunk that fails is sent again, those that arrived are not.
+- A message travels as a parcel (``wire.parcels``). A vector that is too large for one travels in chunks; a
+  chunk that fails is sent again, those that arrived are not.
 - A site that was killed is known to Flower as online for up to 20 s; activation is tried until it is let in.
 """
 
@@ -25,10 +26,14 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
+    PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
+from flwr.proto.recorddict_pb2 import BytesList
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -51,12 +56,32 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from fedvision.wire.parcels import SITE_PULL, SITE_PUSH, SITE_ROOM, opened, parcel, that_fit
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_S = 10.0
+LAST_BEAT_S = 5.0
 CALL_TIMEOUT_S = 60.0
 CHUNK_TRIES = 60
 LONGEST_PAUSE_S = 20.0
+
+
+class ParcelClient(FleetHttpClient):
+    """Flower's client, with the two requests for parcels."""
+
+    def pull_parcel(self, request: PullMessagesRequest) -> BytesList:
+        """Fetch the next message."""
+        return self._unary_unary(
+            path=SITE_PULL, rpc_method=SITE_PULL, request=request, response_type=BytesList
+        )
+
+    def push_parcel(self, sent: BytesList) -> PushMessagesResponse:
+        """Send an answer."""
+        return self._unary_unary(
+            path=SITE_PUSH, rpc_method=SITE_PUSH, request=sent, response_type=PushMessagesResponse
+        )
 
 
 class Fleet:
@@ -87,8 +112,9 @@ class Fleet:
             NodeAuthHttpInterceptor(self._key, self._key.public_key()),
         ]
         url = f"https://{address}"
-        self._client = FleetHttpClient(url, interceptors=interceptors, verify=context, timeout=CALL_TIMEOUT_S)
+        self._client = ParcelClient(url, interceptors=interceptors, verify=context, timeout=CALL_TIMEOUT_S)
         self._node = Node()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
         self.last_contact = 0.0
 
     def __enter__(self) -> Self:
@@ -97,7 +123,7 @@ class Fleet:
         )
         self._node = Node(node_id=self._client.ActivateNode(request).node_id)
         self.last_contact = time.time()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._beating.start()
         return self
 
     def __exit__(
@@ -107,6 +133,7 @@ class Fleet:
         trace: TracebackType | None,
     ) -> None:
         self._closing.set()
+        self._beating.join(LAST_BEAT_S)  # one that came later would say that the site is there again
         try:
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
         except (httpx.HTTPError, RuntimeError) as failure:
@@ -140,28 +167,42 @@ class Fleet:
         raise AssertionError
 
     def receive(self) -> Message | None:
-        """Return the next message for this site, with its content, or None if there is none."""
-        response = self._client.PullMessages(PullMessagesRequest(node=self._node))
+        """Return the next message for this site, with its content, or None if there is none.
+
+        Raises:
+            RuntimeError: It did not come whole, or cannot be read.
+        """
+        received = self._client.pull_parcel(PullMessagesRequest(node=self._node))
         self.last_contact = time.time()
-        if not response.messages_list:
-            return None
-        head, tree = message_from_proto(response.messages_list[0]), response.message_object_trees[0]
-        run, root = head.metadata.run_id, head.metadata.message_id
+        try:
+            response, contents = opened(received, PullMessagesResponse)
+            if not response.messages_list:
+                return None
+            head, tree = message_from_proto(response.messages_list[0]), response.message_object_trees[0]
+            root = head.metadata.message_id
+            self._fetch_the_rest(root, head.metadata.run_id, tree, contents)
+            message = inflate_object_from_contents(root, contents)
+        except ObjectPullError:
+            raise RuntimeError("a message could not be fetched whole") from None
+        except (DecodeError, ValueError, KeyError, IndexError) as error:
+            raise RuntimeError(f"a message cannot be read: {type(error).__name__}") from None
+        if not isinstance(message, Message):
+            raise RuntimeError("a message cannot be read: another object")
+        message.metadata.__dict__["_message_id"] = root
+        return message
+
+    def _fetch_the_rest(self, root: str, run: int, tree: ObjectTree, contents: dict[str, bytes]) -> None:
+        """Fetch what did not fit into the parcel of a message, and say that the message is here."""
+        names = {part.object_id for part in iterate_object_tree(tree)} - contents.keys()
+        if not names:
+            return
         pull = make_pull_object_fn_protobuf(
             lambda request: self._again(lambda: self._client.PullObject(request)), self._node, run
         )
-        try:
-            parts = [part.object_id for part in iterate_object_tree(tree)]
-            contents = pull_objects(parts, pull, initial_backoff=0.05, backoff_cap=1.0)
-        except ObjectPullError:
-            raise RuntimeError("a message could not be fetched whole") from None
+        contents |= pull_objects(sorted(names), pull, initial_backoff=0.05, backoff_cap=1.0)
         make_confirm_message_received_fn_protobuf(
             lambda request: self._again(lambda: self._client.ConfirmMessageReceived(request)), self._node, run
         )(root)
-        message = inflate_object_from_contents(root, contents)
-        assert isinstance(message, Message)
-        message.metadata.__dict__["_message_id"] = root
-        return message
 
     def send(self, reply: Message, seconds: float) -> None:
         """Push a reply; large vectors in chunks, each tried again on its own."""
@@ -174,15 +215,17 @@ class Fleet:
                 message_object_trees=[tree],
                 clientapp_runtime_list=[seconds],
             )
-            response = self._again(lambda: self._client.PushMessages(request))
-            push = make_push_object_fn_protobuf(
-                lambda part: self._again(lambda: self._client.PushObject(part)),
-                self._node,
-                reply.metadata.run_id,
-                response.session_id,
-            )
-            try:
-                push_objects(objects, push, object_ids_to_push=set(response.objects_to_push))
-            except ObjectPushError:
-                raise RuntimeError("a reply could not be sent whole") from None
+            sent = parcel(request, that_fit(objects, SITE_ROOM))
+            response = self._again(lambda: self._client.push_parcel(sent))
+            if response.objects_to_push:
+                push = make_push_object_fn_protobuf(
+                    lambda part: self._again(lambda: self._client.PushObject(part)),
+                    self._node,
+                    reply.metadata.run_id,
+                    response.session_id,
+                )
+                try:
+                    push_objects(objects, push, object_ids_to_push=set(response.objects_to_push))
+                except ObjectPushError:
+                    raise RuntimeError("a reply could not be sent whole") from None
         self.last_contact = time.time()

@@ -5,7 +5,7 @@ imported, the link of the server and the connection and worker of a site, and ap
 
     start       the ServerApp is there                     process start to the import of its code
     step        an ask of all sites by the server          first request to last reply
-    push        a request is given to the SuperLink
+    push        a request is given to the SuperLink        with those to the other sites
     fetch       a request reached a site                   that is when it is there, decoded
     work        a site has its answer
     reply       a site has given its answer to the SuperLink
@@ -100,11 +100,13 @@ def wrap_server(module: Any) -> None:
             note("step", started, step=name_of(first), round=getattr(first, "round", 0), num=len(requests))
 
     @functools.wraps(send)
-    def timed_send(self: Any, site: int, node: int, item: Any, *rest: Any) -> None:
-        started = time.time()
-        send(self, site, node, item, *rest)
-        about = {"step": name_of(item.request), "round": getattr(item.request, "round", 0)}
-        note("push", started, number=item.number, **about)
+    def timed_send(self: Any, waiting: Mapping[int, Any]) -> None:
+        started, before = time.time(), {site: item.number for site, item in waiting.items()}
+        send(self, waiting)
+        for site, item in waiting.items():
+            if item.number != before[site]:
+                about = {"step": name_of(item.request), "round": getattr(item.request, "round", 0)}
+                note("push", started, number=item.number, **about)
 
     @functools.wraps(read)
     def timed_read(self: Any, site: int, item: Any, content: Any) -> Any:
