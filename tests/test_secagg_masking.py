@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedvision.secagg.masking import SLICE, add_masks, mask_stream
+from fedvision.secagg.masking import SLICE, LongKeystream, add_masks, keystream, mask_stream
 from tests.vectors.make_primitives import FOLDER, KEY, key_of, text_of, words
 
 SIZES = st.sampled_from([1, 3, SLICE - 1, SLICE, SLICE + 1, 3 * SLICE + 5])
@@ -33,6 +33,32 @@ def test_a_mask_is_the_little_endian_keystream_of_any_length(size: int) -> None:
     stream = mask_stream(KEY, size)
     assert stream.dtype == np.uint32
     assert stream.tolist() == list(expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(min_size=32, max_size=32), st.lists(st.integers(0, 70) | st.just(4 * SLICE + 1), max_size=9))
+def test_a_long_keystream_is_aes_256_ctr_for_every_division_into_pieces(key: bytes, sizes: list[int]) -> None:
+    stream, pieces = LongKeystream(key), [np.full(size, 255, np.uint8) for size in sizes]
+    for piece in pieces:
+        stream.fill(piece)
+    found = b"".join(piece.tobytes() for piece in pieces)
+    assert found == Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(sum(sizes)))
+
+
+@pytest.mark.parametrize("size", [0, 16, 31, 33])
+def test_a_keystream_has_a_key_of_32_bytes(size: int) -> None:
+    for make in (keystream, LongKeystream):
+        with pytest.raises(ValueError):
+            make(bytes(size))
+
+
+def test_threads_that_add_to_the_same_slices_lose_nothing() -> None:
+    keys, size = [key_of("busy", index) for index in range(32)], 5 * SLICE
+    vector = np.zeros(size, np.uint32)
+    for _ in range(5):
+        add_masks(vector, keys, [1] * 32, threads=16)
+        add_masks(vector, keys, [-1] * 32)
+    assert not vector.any()
 
 
 @settings(max_examples=30, deadline=None)

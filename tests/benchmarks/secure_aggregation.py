@@ -6,10 +6,12 @@
 
 Every row is the median of interleaved runs after one warm-up, with the least and the largest. CPU time is
 that of the whole process, in one thread unless a row says otherwise. All read the same float32 update from
-memory and end with the bytes that a site sends. No network, no files.
+memory. Each method is measured twice: up to the hidden vector in memory (an array, or CKKS ciphertexts), and
+up to the bytes object that a message holds. No network, no files.
 
 - ours: stochastic rounding and n masks (n - 1 pairs and one of its own), with the derivation of their keys.
-- Flower: the client's function of its stage `collect_masked_vectors`, default ranges, all sites neighbours.
+- Flower: the client's function of its stage `collect_masked_vectors`, default ranges, all sites neighbours;
+  up to the vector with its `ndarray_to_bytes` replaced by nothing.
 - TenSEAL: CKKS as NVIDIA FLARE's example has it (8192; 60, 40, 40), on at most 10^6 coordinates, scaled.
   `pip install tenseal`; without it there is no row.
 """
@@ -37,13 +39,15 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from fedvision.report.palette import LIGHT, Theme, render
 from fedvision.secagg.encoding import Encoding
-from fedvision.secagg.masking import SLICE, add_masks, keystream
+from fedvision.secagg.masking import SLICE, LongKeystream, add_masks
 from fedvision.secagg.sketch import sketch
 from fedvision.storage import write_atomic
 
 Task = Callable[[], Any]
 CLIP_NORM = 5.0
 CKKS_COORDINATES = 1_000_000
+HIDES, SENDS = "vector", "bytes"
+OURS, CKKS = "ours: round and mask", "TenSEAL CKKS"
 DROPPED_SLICE = 1 << 20
 
 
@@ -100,8 +104,9 @@ def mask_input(encoding: Encoding, update: np.ndarray, pairs: list[bytes], threa
     return vector
 
 
-def flower_client(num_sites: int, update: np.ndarray) -> Task:
-    """Return the third stage of Flower's client for one of ``num_sites``, its first two stages done."""
+def flower_client(num_sites: int, update: np.ndarray) -> dict[str, Task]:
+    """Return the third stage of Flower's client for one of ``num_sites``, its first two stages done; without
+    and with what makes bytes of the vector."""
     from flwr.app import ConfigRecord
     from flwr.common import ndarrays_to_parameters
     from flwr.common.secure_aggregation.secaggplus_constants import Key
@@ -134,22 +139,33 @@ def flower_client(num_sites: int, update: np.ndarray) -> Task:
                 sealed.append(text)
     received = ConfigRecord({Key.CIPHERTEXT_LIST: sealed, Key.SOURCE_LIST: sources})
     parameters = ndarrays_to_parameters([update])
-    return lambda: flower._collect_masked_vectors(states[1], received, 100, parameters)[Key.MASKED_PARAMETERS]
+
+    def send() -> Any:
+        return flower._collect_masked_vectors(states[1], received, 100, parameters)[Key.MASKED_PARAMETERS]
+
+    def hide() -> Any:
+        to_bytes, flower.ndarray_to_bytes = flower.ndarray_to_bytes, lambda array: array
+        try:
+            return send()
+        finally:
+            flower.ndarray_to_bytes = to_bytes
+
+    return {HIDES: hide, SENDS: send}
 
 
-def ckks_client(update: np.ndarray) -> Task:
-    """Return the encryption of an update, slot by slot."""
+def ckks_client(update: np.ndarray) -> dict[str, Task]:
+    """Return the encryption of an update, slot by slot; without and with what makes bytes of ciphertexts."""
     import tenseal
 
     context = tenseal.context(
         tenseal.SCHEME_TYPE.CKKS, poly_modulus_degree=8192, coeff_mod_bit_sizes=[60, 40, 40], n_threads=1
     )
     context.global_scale = 2**40
-    slots = 4096
-    return lambda: [
-        tenseal.ckks_vector(context, update[start : start + slots]).serialize()
-        for start in range(0, update.size, slots)
-    ]
+    parts = [update[start : start + 4096] for start in range(0, update.size, 4096)]
+    return {
+        HIDES: lambda: [tenseal.ckks_vector(context, part) for part in parts],
+        SENDS: lambda: [tenseal.ckks_vector(context, part).serialize() for part in parts],
+    }
 
 
 def sent_bytes(result: Any) -> int:
@@ -163,46 +179,69 @@ def print_site(num_sites: int, size: int, runs: int, threads: int, ckks_size: in
     pairs = [os.urandom(32) for _ in range(num_sites)]
     encoding = Encoding(num_sites, size, CLIP_NORM, 100, (1.0,))
     upload, beta = mask_input(encoding, update, pairs), os.urandom(32)
-    sends: dict[str, Task] = {
-        "plain floats times weight": lambda: (update * np.float32(0.5)).tobytes(),
-        "ours: round and mask": lambda: mask_input(encoding, update, pairs).tobytes(),
-        f"ours: round and mask, {threads} threads": lambda: mask_input(
-            encoding, update, pairs, threads
-        ).tobytes(),
+
+    def ours(threads: int) -> dict[str, Task]:
+        return {
+            HIDES: lambda: mask_input(encoding, update, pairs, threads),
+            SENDS: lambda: mask_input(encoding, update, pairs, threads).tobytes(),
+        }
+
+    methods: dict[str, dict[str, Task]] = {
+        "plain floats times weight": {
+            HIDES: lambda: update * np.float32(0.5),
+            SENDS: lambda: (update * np.float32(0.5)).tobytes(),
+        },
+        OURS: ours(1),
+        f"ours, {threads} threads": ours(threads),
         "Flower SecAgg+": flower_client(num_sites, update),
     }
     extra: dict[str, Task] = {
         "ours: SHA-256 of the upload": lambda: hashlib.sha256(upload).digest(),
-        "ours: sketch (sketch, gram)": lambda: sketch(upload, beta),
+        "ours: sketch": lambda: sketch(upload, beta),
     }
     scaled = min(ckks_size, size)
     if installed("tenseal"):
-        sends["TenSEAL CKKS"] = ckks_client(update[:scaled])
-    found = measure({**sends, **extra}, runs)
-    if "TenSEAL CKKS" in found:
-        found["TenSEAL CKKS"].factor = size / scaled
+        methods[CKKS] = ckks_client(update[:scaled])
+    tasks = {f"{name}, {end}": task for name, ends in methods.items() for end, task in ends.items()}
+    found = measure({**tasks, **extra}, runs)
+    for name in methods.keys() & {CKKS}:
+        for end in (HIDES, SENDS):
+            found[f"{name}, {end}"].factor = size / scaled
     print(f"\nSite, n = {num_sites}, d = {size:,}")
     print(f"{'':34s} {'CPU s, median (range)':>30s}  {'wall s':>30s}  ns/coord  bytes/coord  CPU / ours")
-    ours = found["ours: round and mask"].seconds
     for name, times in found.items():
-        count = scaled if "CKKS" in name else size
-        sent = f"{sent_bytes(sends[name]()) / count:11.2f}" if name in sends else f"{'':11s}"
-        note = f"  (scaled from {scaled:,})" if times.factor != 1 else ""
-        print(f"{name:34s} {times.text(size)}  {sent}  {times.seconds / ours:10.2f}{note}")
-    if "TenSEAL CKKS" not in found:
-        print(f"{'TenSEAL CKKS':34s} not installed")
+        method, _, end = name.rpartition(", ")
+        sent = note = ratio = ""
+        if method:
+            ratio = f"{times.seconds / found[f'{OURS}, {end}'].seconds:10.2f}"
+        if method == CKKS and scaled < size:
+            note = f"  (scaled from {scaled:,})"
+        if end == SENDS:
+            sent = f"{sent_bytes(tasks[name]()) / (scaled if method == CKKS else size):.2f}"
+        print(f"{name:34s} {times.text(size)}  {sent:>11s}  {ratio:>10s}{note}")
+    beside = found["ours: sketch"].seconds
+    for end in (HIDES, SENDS):
+        with_sketch = found[f"{OURS}, {end}"].seconds + beside
+        ratios = [
+            f"{name} {found[f'{name}, {end}'].seconds / with_sketch:.2f}"
+            for name in ("Flower SecAgg+", CKKS)
+            if name in methods
+        ]
+        print(f"with the sketch, up to the {end}: {with_sketch:.4f} s; CPU / ours: {', '.join(ratios)}")
+    if CKKS not in methods:
+        print(f"{CKKS:34s} not installed")
 
 
 def print_throughput(size: int, runs: int, threads: int) -> float:
     """Print GB/s of masks beside the limits of this machine; return that of AES alone."""
     vector, other = np.zeros(size, np.uint32), np.ones(size, np.uint32)
     part, words = vector[:SLICE], np.ones(SLICE, np.uint32)
-    keys, zeros = [os.urandom(32) for _ in range(10)], bytes(4 * SLICE)
+    keys = [os.urandom(32) for _ in range(10)]
 
     def streams() -> None:
-        cipher = keystream(keys[0])
+        stream = LongKeystream(keys[0])
         for _ in range(0, 10 * size, SLICE):
-            cipher.update_into(zeros, words.view(np.uint8).data)
+            stream.fill(words)
 
     def adds() -> None:
         for _ in range(0, 10 * size, SLICE):
@@ -217,8 +256,8 @@ def print_throughput(size: int, runs: int, threads: int) -> float:
         {
             "10 masks added, 1 thread": lambda: add_masks(vector, keys, signs),
             f"10 masks added, {threads} threads": lambda: add_masks(vector, keys, signs, threads),
-            "AES-256-CTR alone, 256 KiB slices": streams,
-            "np.add alone, 256 KiB slices": adds,
+            "AES-256 alone, in slices": streams,
+            "np.add alone, in slices": adds,
             "np.add alone, from memory": memory,
         },
         runs,
@@ -227,7 +266,7 @@ def print_throughput(size: int, runs: int, threads: int) -> float:
     for name, times in found.items():
         rates = [40 * size / statistics.median(values) / 1e9 for values in (times.cpu, times.wall)]
         print(f"{name:34s} {rates[0]:8.2f} {rates[1]:8.2f}")
-    return 40 * size / found["AES-256-CTR alone, 256 KiB slices"].seconds
+    return 40 * size / found["AES-256 alone, in slices"].seconds
 
 
 def print_server(num_sites: int, size: int, runs: int) -> None:
