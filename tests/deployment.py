@@ -30,6 +30,7 @@ import psutil
 from safetensors.numpy import load_file
 
 from fedvision.config import dump_job, parse_job
+from fedvision.storage import read_lines
 from tests.conftest import tiny_content, write_site
 from tests.hosts import Host, Hosts
 
@@ -169,6 +170,23 @@ class Federation:
         self.programs[name].kill()
         self.programs[name].wait()
 
+    def kill_all_of_server(self) -> None:
+        """Kill the server's program and everything that it started (kill -9)."""
+        found = psutil.Process(self.programs["server"].pid).children(recursive=True)
+        self.kill("server")
+        for part in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                part.kill()
+        psutil.wait_procs(found, timeout=60)
+
+    def hold(self, name: str) -> None:
+        """Stop a site's program where it is (SIGSTOP): what it is asked waits, and what it said stands."""
+        self.programs[name].send_signal(signal.SIGSTOP)
+
+    def let_go(self, name: str) -> None:
+        """Undo ``hold``."""
+        self.programs[name].send_signal(signal.SIGCONT)
+
     def kill_part(self, words: str) -> None:
         """Kill those of the server's own programs (kill -9) whose command line holds these words."""
         found = psutil.Process(self.programs["server"].pid).children(recursive=True)
@@ -193,7 +211,7 @@ class Federation:
 
     def allow(self, job: str, timeout_s: float = 120) -> None:
         """Allow a job at every site, as soon as it was asked for."""
-        digest = self.status(job)["digest"]
+        digest = self.charter(job)["job"]
         for index, home in enumerate(self.sites):
             asked = home / "decisions" / f"{digest}.json"
             self.wait_until(asked.exists, f"{self.names[index]} is asked for {job}", timeout_s)
@@ -231,6 +249,20 @@ class Federation:
             return max(closed, default=0) >= number
 
         self.wait_until(is_over, f"round {number} of {job}", timeout_s)
+
+    def charter(self, job: str) -> dict[str, Any]:
+        """Return the charter of a job."""
+        signed = json.loads((self.home / "jobs" / job / "secagg" / "charter.json").read_text())
+        return dict(signed["document"])
+
+    def trainings(self, job: str) -> dict[str, list[int]]:
+        """Return the rounds that each site trained in, in order, by the logs that sites keep."""
+        folder = f"jobs/{self.charter(job)['job'][:16]}"
+        found = {}
+        for name, home in zip(self.names, self.sites, strict=True):
+            lines = read_lines(home / folder / "log.jsonl")
+            found[name] = [line["round"] for line in lines if "train_loss" in line]
+        return found
 
     def model(self, job: str) -> str:
         """Return SHA-256 of the weights of a finished job's model; the file also names the job."""

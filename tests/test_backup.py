@@ -322,7 +322,7 @@ def connect_again(federation: Federation) -> None:
 @pytest.mark.timeout(1200)
 def test_a_federation_goes_on_after_its_server_and_a_site_are_lost(tmp_path: Path, path: str) -> None:
     (tmp_path / "place").mkdir()
-    with open_hosts(3) as hosts:
+    with open_hosts(3, "loopback") as hosts:  # also the test of what runs where namespaces are not permitted
         federation = Federation(hosts, tmp_path / "place")
         federation.sites[0] = federation.sites[0].rename(federation.folder / "site")
         place = Place(federation.folder)

@@ -112,6 +112,12 @@ class ServerSettings(Section):
             raise ValueError("the ports of address, control_port and health_port must differ")
         return self
 
+    @model_validator(mode="after")
+    def _roles_differ(self) -> Self:
+        if set(self.operators) & set(self.auditors):
+            raise ValueError("a key is an operator's and an auditor's: each role has a key of its own")
+        return self
+
 
 @dataclass(frozen=True)
 class ServerHome:

@@ -174,6 +174,22 @@ class JobQueue:
                 return entry
         raise _absent(job_id)
 
+    def signed_requests(self) -> list[tuple[str, bytes, bytes]]:
+        """Return job, bytes and signature of every request in the order in which they came, for an auditor.
+
+        Raises:
+            StorageError: See ``jobs``.
+        """
+        if not self.path.exists():
+            return []
+        with database.reading(self.path, SCHEMA) as db:
+            rows = db.execute("SELECT job, body, signature FROM requests ORDER BY number").fetchall()
+        return [
+            (str(job), body, signature)
+            for job, body, signature in rows
+            if isinstance(body, bytes) and isinstance(signature, bytes)
+        ]
+
     def next_runnable(self) -> Entry | None:
         """Return the job that runs, else the first of those that wait; None if there is nothing to do.
 

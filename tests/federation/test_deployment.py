@@ -1,20 +1,22 @@
 """Real programs on hosts of their own, set up by the commands that people type, over a network that fails."""
 
 import contextlib
-import json
+import functools
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.deployment import PORT, CommandFailed, Federation
 from tests.hosts import Hosts, open_hosts
+from tests.kill_points import Point, walk
 from tests.packets import payload, tls_only
 
 pytestmark = pytest.mark.slow
-NUM_SITES = 5
+NUM_SITES, ROUNDS = 5, 5
+NETWORK = {"channels": [96, 256], "strides": [2], "num_res_units": 0}
 HELLO = """
 import socket, ssl, sys
 address, port, newest, *files = sys.argv[1:]
@@ -43,8 +45,14 @@ def first(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Feder
     pcap = made.folder / "first.pcap"
     with hosts.capture(pcap) if hosts.is_supported else contextlib.nullcontext():
         made.start()
-        made.wait(made.submit(seed=2, rounds=2))
+        made.wait(submit(made, "undisturbed"))
     return made, pcap
+
+
+def submit(federation: Federation, name: str) -> str:
+    """Submit the job of five rounds that all disturbances are tried on; only the name differs."""
+    sketch = {"secure_aggregation__level": "sketch", "evaluation__every": ROUNDS}
+    return federation.submit(seed=1, rounds=ROUNDS, name=name, model__args=NETWORK, **sketch)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +61,15 @@ def federation(first: tuple[Federation, Path]) -> Federation:
     return first[0]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(federation: Federation) -> str:
-    """The digest of the model of a job that nothing happened to, with all sites in each round."""
-    job = federation.submit(seed=1)
+def check_as_undisturbed(federation: Federation, job: str) -> None:
+    """Check a job that was disturbed: the same model, no round lost or done twice, nothing trained twice."""
     federation.wait(job)
-    return federation.model(job)
+    events = federation.events(job)
+    closed = [(event["round"], event["num_sites"]) for event in events if event["event"] == "round"]
+    assert closed == [(number, NUM_SITES) for number in range(1, ROUNDS + 1)]
+    assert not [event for event in events if event["event"] in ("attempt", "thrown away", "expelled")]
+    assert federation.trainings(job) == {name: [*range(1, ROUNDS + 1)] for name in federation.names}
+    assert federation.model(job) == federation.model("0001-undisturbed")
 
 
 def test_only_tls_is_on_the_wire_and_nobody_else_is_called(first: tuple[Federation, Path]) -> None:
@@ -102,83 +113,94 @@ def test_the_port_wants_a_certificate_and_tls_1_3(federation: Federation) -> Non
     assert "HTTP/" not in say_hello(federation, "TLSv1_3", *server_files)  # a certificate of another purpose
 
 
-def test_slow_and_lossy_sites_give_the_same_model(federation: Federation, undisturbed: str) -> None:
-    federation.hosts.require_network()
-    slow = federation.hosts.sites[:2]
-    for site in slow:
+def test_slow_and_lossy_sites_and_one_that_is_cut_off_give_the_same_model(federation: Federation) -> None:
+    """The upload that is cut in the middle goes on, and does not begin anew."""
+    hosts = federation.hosts
+    hosts.require_network()
+    first, second, cut = hosts.sites[:3]
+    for site in (first, second):
         site.slow(delay_ms=50, mbit=20, loss_percent=1)
-    job = federation.submit(seed=1, name="slow")
-    federation.wait(job)
-    for site in slow:
+    job = submit(federation, "disturbed")
+    federation.wait_for_round(job, 2)
+    before = hosts.bytes_of(cut).sent
+    cut.slow(delay_ms=5, mbit=4, loss_percent=0)
+    size = 4 * federation.charter(job)["size"]
+    federation.wait_until(lambda: hosts.bytes_of(cut).sent - before > 0.75 * size, "the upload is under way")
+    cut.cut()
+    time.sleep(3)
+    cut.heal()
+    federation.wait_for_round(job, 3)
+    sent = hosts.bytes_of(cut).sent - before
+    for site in (first, second, cut):
         site.restore()
-    assert federation.model(job) == undisturbed
+    check_as_undisturbed(federation, job)
+    assert size > 800_000
+    assert sent < 1.7 * size, sent / size  # begun anew, it would be 1.75 times at least
 
 
-def test_a_site_that_is_cut_off_for_a_while_comes_back(federation: Federation, undisturbed: str) -> None:
-    federation.hosts.require_network()
-    job = federation.submit(seed=1, name="cut")
-    federation.wait_for_round(job, 1)
-    federation.hosts.sites[1].cut()
-    federation.hosts.sites[1].heal()
-    federation.wait(job)
-    assert federation.model(job) == undisturbed
+def everything(federation: Federation) -> None:
+    """As after a power cut."""
+    federation.kill_all_of_server()
+    federation.start_server()
 
 
-@pytest.mark.parametrize("name", ["server", "site-1"])
-def test_a_killed_program_goes_on_where_it_was(federation: Federation, undisturbed: str, name: str) -> None:
-    job = federation.submit(seed=1, name=f"killed-{name}")
-    federation.wait_for_round(job, 1)
-    federation.kill(name)
-    federation.start()
-    federation.wait(job)
-    assert federation.model(job) == undisturbed
+def supervisor(federation: Federation) -> None:
+    federation.kill("server")
+    federation.start_server()
+
+
+def superlink_and_superexec(federation: Federation) -> None:
+    federation.kill_part("fedvision_server.superlink")
+    federation.kill_part("flower_superexec")
+
+
+def serverapp(federation: Federation) -> None:
+    federation.kill_part("flwr-serverapp")
+
+
+def site_5(federation: Federation) -> None:
+    federation.kill("site-5")
+    federation.start_site(4)
+
+
+KILLS = {
+    Point(0, "hello"): everything,
+    Point(0, "enrolled"): serverapp,
+    Point(1, "train ready"): everything,
+    Point(1, "train mask"): superlink_and_superexec,
+    Point(1, "train beacon"): serverapp,
+    Point(1, "train sketch"): everything,
+    Point(2, "train accept"): supervisor,
+    Point(3, "train unmask"): everything,
+    Point(4, "train mask"): site_5,  # which is not held there
+    Point(ROUNDS, "validate mask"): serverapp,
+    Point(ROUNDS, "test"): everything,
+}
+"""What is killed (kill -9) at which message: the server, or a part of it, in each phase of a job."""
+SOME = {point: KILLS[point] for point in (Point(1, "train sketch"), Point(3, "train unmask"))}
 
 
 @pytest.mark.parametrize(
-    "parts",
-    [("fedvision_server.superlink", "flower_superexec"), ("flwr-serverapp",)],
-    ids=["superlink and superexec", "serverapp"],
+    "chosen",
+    [SOME, pytest.param(KILLS, marks=[pytest.mark.long, pytest.mark.timeout(2400)])],
+    ids=["two", "all"],
 )
-def test_a_killed_part_of_the_server_is_started_again(
-    federation: Federation, undisturbed: str, parts: tuple[str, ...]
+def test_a_server_that_is_killed_in_every_phase_loses_nothing(
+    federation: Federation, chosen: dict[Point, Callable[[Federation], None]]
 ) -> None:
-    job = federation.submit(seed=1, name=f"killed-{len(parts)}")
-    federation.wait_for_round(job, 1)
-    time.sleep(0.5)
-    for part in parts:
-        federation.kill_part(part)
-    federation.wait(job)
-    assert federation.model(job) == undisturbed
+    """All phases take ten minutes: ``pytest -m long tests/federation/test_deployment.py``."""
+    federation.hold(federation.names[0])
+    job = submit(federation, f"killed-{len(chosen)}")
+    kills = {point: functools.partial(what, federation) for point, what in chosen.items()}
+    assert walk(federation, job, ROUNDS, [ROUNDS], kills) == list(chosen)
+    check_as_undisturbed(federation, job)
 
 
-def test_an_upload_that_is_cut_in_the_middle_goes_on_and_does_not_begin_anew(federation: Federation) -> None:
-    hosts = federation.hosts
-    hosts.require_network()
-    slow = hosts.sites[2]
-    large = {"channels": [64, 192, 320], "strides": [2, 2], "num_res_units": 0}
-    before = hosts.bytes_of(slow).sent
-    slow.slow(delay_ms=5, mbit=16, loss_percent=0)
-    job = federation.submit(seed=1, name="large", rounds=1, model__args=large)
-    federation.wait_until(lambda: hosts.bytes_of(slow).sent - before > 1_500_000, "the upload is under way")
-    slow.cut()
-    time.sleep(3)
-    slow.heal()
-    federation.wait(job)
-    slow.restore()
-    (closed,) = [event for event in federation.events(job) if event["event"] == "round"]
-    assert closed["num_sites"] == NUM_SITES
-    charter = json.loads((federation.home / "jobs" / job / "secagg" / "charter.json").read_text())
-    size = 4 * charter["document"]["size"]
-    assert size > 3_500_000
-    assert hosts.bytes_of(slow).sent - before < 1.7 * size
-
-
-def test_nobody_without_the_keys_submits_or_stops(federation: Federation, tmp_path: Path) -> None:
-    job = federation.submit(seed=3, rounds=1)
+def test_nobody_without_the_keys_submits_or_stops(federation: Federation) -> None:
     stranger = federation.sites[0] / "keys" / "identity.pem"
-    with pytest.raises(CommandFailed, match="operator"):
-        federation.server_command("stop", job, "--key", stranger)
-    federation.wait(job)
+    for command in (("submit", federation.folder / "job.toml"), ("stop", "1")):
+        with pytest.raises(CommandFailed, match="is not an operator's"):
+            federation.server_command(*command, "--key", stranger)
 
 
 def test_an_old_request_is_not_enrolled_again(federation: Federation, tmp_path: Path) -> None:
