@@ -49,6 +49,9 @@ class DataSection(Section):
         (), description="sites that train; empty means every site found below root"
     )
     held_out: tuple[Name, ...] = Field((), description="sites that only test the final model")
+    root_set: Path | None = Field(
+        None, description="folder of the root set's data set; a deployment has it at the server"
+    )
 
 
 class PreprocessingSection(Section):
@@ -195,6 +198,41 @@ class SecureAggregationSection(Section):
     )
 
 
+RuleName = Literal[
+    "norm",
+    "clones",
+    "root_cosine",
+    "opposition",
+    "spectral",
+    "multi_krum",
+    "geometric_median",
+    "nearest_neighbours",
+]
+
+
+class DefenceSection(Section):
+    """Whose updates are left out of a round's sum, and what happens after the last round. Becomes part of
+    the signed charter."""
+
+    rules: Literal["auto"] | tuple[RuleName, ...] = Field(
+        "auto",
+        description="applied in this order to norms and inner products of the updates; auto: norm, from 5 "
+        "sites root_cosine if there is a root set, from 10 also clones, opposition and spectral; rules need "
+        "level gram or sketch, or no secure aggregation; an empty list accepts every update",
+    )
+    max_malicious: Annotated[float, Field(ge=0, le=0.45)] = Field(
+        0.2, description="share of the sites that may attack together; more than 0.2 needs a root set"
+    )
+    root: Literal["auto", "off"] = Field(
+        "auto", description="auto: use the root set that data.root_set or the server names; off: do not"
+    )
+    repair: Literal["auto", "off", "finetune", "prune"] = Field(
+        "auto",
+        description="after the last round, on the root set: search for triggers and remove them; auto: the "
+        "method that does best there; without a root set nothing is done",
+    )
+
+
 class EvaluationSection(Section):
     """How models are judged, at every site."""
 
@@ -226,6 +264,7 @@ class Job(Section):
     training: TrainingSection
     aggregation: AggregationSection
     secure_aggregation: SecureAggregationSection = SecureAggregationSection()
+    defence: DefenceSection = DefenceSection()
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
@@ -337,8 +376,10 @@ def load_job(path: Path) -> Job:
     job = parse_job(content, str(path))
     if job.data is None:
         return job
-    root = (path.parent / job.data.root).resolve()
-    return job.model_copy(update={"data": job.data.model_copy(update={"root": root})})
+    paths = {"root": (path.parent / job.data.root).resolve()}
+    if job.data.root_set is not None:
+        paths["root_set"] = (path.parent / job.data.root_set).resolve()
+    return job.model_copy(update={"data": job.data.model_copy(update=paths)})
 
 
 def dump_job(job: Job) -> str:

@@ -79,6 +79,12 @@ class RoundError(FedvisionError):
     code = "round"
 
 
+class DefenceError(FedvisionError):
+    """A rule of the poison defence cannot be used: too few sites, or numbers that no updates have."""
+
+    code = "defence"
+
+
 class StorageError(FedvisionError):
     """A file of a run cannot be read or written: disk full, wrong folder, damaged file."""
 

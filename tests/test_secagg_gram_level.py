@@ -9,7 +9,7 @@ from fedvision.secagg import gram, holding
 from fedvision.secagg.attempt import AttemptError, Disputed
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.messages import Products, Report, SketchUpload, Unmask
-from fedvision.secagg.sketch import sketch
+from fedvision.secagg.sketch import TAIL, sketch
 from tests.secagg_parties import Consort, Vector, gather, resign, run, true_sum, try_liars
 
 Answer = tuple[bytes, Vector]
@@ -29,7 +29,7 @@ def test_the_gram_matrix_is_that_of_the_rounded_sketches() -> None:
     run(consort, attempt)
     bound = consort.consortium.encoding.norm_bound
     vectors = [consort.parties[i].vector for i in sorted(consort.parties)]
-    rows = np.array([gram.round_sketch(sketch(v, attempt.beta), bound) for v in vectors])
+    rows = np.array([gram.round_sketch(sketch(v, attempt.beta, TAIL), bound) for v in vectors])
     assert np.array_equal(attempt.gram, rows @ rows.T)
 
 
@@ -44,7 +44,7 @@ def test_the_server_sees_no_sketch() -> None:
 
     run(consort, attempt, watch)
     for party in consort.parties.values():
-        own = sketch(party.vector, attempt.beta)
+        own = sketch(party.vector, attempt.beta, TAIL)
         rounded = gram.round_sketch(own, consort.consortium.encoding.norm_bound)
         for needle in (own[:8].tobytes(), rounded[:4].tobytes(), rounded[:4].astype(np.int32).tobytes()):
             assert not any(needle in blob for blob in seen)
@@ -114,7 +114,7 @@ def deal_other(consort: Consort, liar: int, change: str):  # type: ignore[no-unt
         state = party.state
         assert state is not None
         points = sorted(mapping(state.masked))
-        values = sketch(party.vector, state.beta)
+        values = sketch(party.vector, state.beta, TAIL)
         texts = holding.deal_to_all(consort.consortium, points, values, state.deal_seed)
         upload = decode(answer, SketchUpload)
         shares = []

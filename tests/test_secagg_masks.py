@@ -390,7 +390,7 @@ def scheme(plot: dict[str, Any]) -> Server:
                 inside = pools[tau][int(rng.integers(len(pools[tau])))]
                 digests = server.digests[tau]
                 entries = tuple(AcceptedEntry(i, digests.get(i, bytes(32))) for i in inside)
-                message = Accepted(tau, entries, left_out(sorted(set(cohort) - set(inside))))
+                message = Accepted(tau, entries, left_out(sorted(set(cohort) - set(inside))), b"")
                 step, body = "accept", server_says(consort, message)
             else:
                 assert party.state is not None

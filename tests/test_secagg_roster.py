@@ -111,10 +111,10 @@ def test_a_digest_is_the_hash_of_label_and_canonical_json() -> None:
     )
     assert small.digest() == hashlib.sha256(b"fedvision/roster/v1" + text.encode()).digest()
     assert ROSTER.digest().hex() == "c8554e685e0e4ea3920e071a593a8b57f0467c08adc3b74ccebde981c6d52628"
-    assert CHARTER.digest().hex() == "4cbab5004f10698ee90b9fcd9b1f8adc50234bff681cb053b6dfd6853c4b244c"
+    assert CHARTER.digest().hex() == "bdf0531c6bf8b94262ebad8aa63d4291bbfe3c653407402fc287c234cf32d75c"
     assert sign_document(CHARTER, GOVERNANCE)["signature"] == (
-        "126c904a9d34f619b294b070dd4cb3f18da46a479687c01997b3113a279d163b"
-        "cb2f3b0230b2161eab3d3c66f4fd6040a1a761c3b1f6c5d8c7ef16f161ad1808"
+        "f1fba601e9eb8befc89b9d672c2c0d51f1f99174eb996bc2f94911b04cca3662"
+        "2c569942bb8429968a630410d395c6e101c1f5221aa799c80a1aa51fcfab8307"
     )
 
 
@@ -138,6 +138,8 @@ def test_a_digest_is_the_hash_of_label_and_canonical_json() -> None:
         ("releases", ["validation_sums", "split_presence"]),
         ("statistics_size", 10),
         ("resamples", 1),
+        ("max_malicious", 0.3),
+        ("root_set", "ab" * 32),
     ],
 )
 def test_every_field_of_a_charter_is_in_its_digest(key: str, value: Any) -> None:
@@ -146,8 +148,8 @@ def test_every_field_of_a_charter_is_in_its_digest(key: str, value: Any) -> None
 
 def test_every_field_has_a_test_above_or_one_value_only() -> None:
     marks = test_every_field_of_a_charter_is_in_its_digest.pytestmark[0].args[1]  # type: ignore[attr-defined]
-    fixed = {"format", "noise_multiplier", "norm_slack", "rule"}
-    derived = {"threshold", "scale", "smallest_cohort"}
+    fixed = {"format", "noise_multiplier", "norm_slack"}
+    derived = {"threshold", "scale", "smallest_cohort", "rules"}
     assert {key for key, _ in marks} | fixed | derived == set(Charter.model_fields)
     for key in fixed:
         assert f'"{key}"' in documents.canonical_json(CHARTER).decode()
@@ -232,7 +234,14 @@ def test_who_is_not_in_the_roster_is_not_found() -> None:
         ({"noise_multiplier": 1.0}, "less than or equal to 0"),
         ({"norm_slack": 1.15}, "greater than or equal to 1.16"),
         ({"norm_slack": 1.17}, "less than or equal to 1.16"),
-        ({"rule": "krum"}, "should be 'norm'"),
+        ({"rules": ["krum"]}, "should be 'norm'"),
+        ({"rules": ["norm", "norm"], "releases": ["judgements"]}, "rules has a name twice"),
+        ({"rules": ["norm"], "releases": ["judgements"], "level": "sum"}, "rules need level"),
+        ({"rules": ["root_cosine"], "releases": ["judgements"]}, "root_cosine needs a root set"),
+        ({"rules": ["norm"]}, "release of judgements"),
+        ({"releases": ["judgements"]}, "release of judgements"),
+        ({"max_malicious": 0.5}, "less than or equal to 0.45"),
+        ({"root_set": "ab"}, "match pattern"),
         ({"level": "none"}, "'sum', 'sketch' or 'gram'"),
         ({"releases": ["weights"]}, "should be 'split_presence'"),
         ({"releases": ["test_sums", "test_sums"]}, "releases has a name twice"),

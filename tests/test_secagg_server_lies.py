@@ -138,10 +138,10 @@ def test_an_accepted_set_below_smallest_cohort_or_threshold_is_refused(
     needed = max(smallest_cohort, QUORUM)
     for count in (1, needed - 1):
         inside, outside = range(1, count + 1), range(count + 1, NUM_SITES + 1)
-        small = Accepted(attempt.tau, entries_of(attempt, inside), left_out(outside))
+        small = Accepted(attempt.tau, entries_of(attempt, inside), left_out(outside), b"")
         refuses(consort.parties[1], "accept", server_says(consort, small), "smallest-cohort")
     inside, outside = range(1, needed + 1), range(needed + 1, NUM_SITES + 1)
-    enough = Accepted(attempt.tau, entries_of(attempt, inside), left_out(outside))
+    enough = Accepted(attempt.tau, entries_of(attempt, inside), left_out(outside), b"")
     consort.parties[1].step("accept", server_says(consort, enough))
 
 
@@ -153,7 +153,8 @@ def test_an_accepted_set_that_grows_changes_or_comes_again_is_refused(level: str
 
     def said(*inside: int) -> bytes:
         outside = sorted(set(attempt.cohort) - set(inside))
-        return server_says(consort, Accepted(attempt.tau, entries_of(attempt, inside), left_out(outside)))
+        message = Accepted(attempt.tau, entries_of(attempt, inside), left_out(outside), b"")
+        return server_says(consort, message)
 
     party.step("accept", said(1, 2, 3, 4, 5, 6, 7, 8))
     rule = "accepted-set" if level == "sketch" else "phase"
@@ -218,7 +219,7 @@ def test_an_accepted_set_with_a_site_that_was_not_shown_is_refused(level: str, s
     )
     digests = {**dict.fromkeys(attempt.cohort, bytes(32)), **attempt.views.digests}
     entries = tuple(AcceptedEntry(site, digests[site]) for site in attempt.cohort)
-    message = server_says(consort, Accepted(attempt.tau, entries, ()))
+    message = server_says(consort, Accepted(attempt.tau, entries, (), b""))
     refuses(consort.parties[1], "accept", message, "accepted-set")
 
 
@@ -226,7 +227,7 @@ def test_an_accepted_set_with_a_site_that_was_not_shown_is_refused(level: str, s
 def test_an_ack_gives_the_keys_of_those_left_out_and_nothing_else(level: str) -> None:
     consort = sizes(level)
     attempt, _ = reach(consort, "accept")
-    message = Accepted(attempt.tau, entries_of(attempt, range(1, 7)), left_out([7]))
+    message = Accepted(attempt.tau, entries_of(attempt, range(1, 7)), left_out([7]), b"")
     answer, _ = consort.parties[1].step("accept", server_says(consort, message))
     member = consort.parties[1].member
     for peer, key in member.pair_keys.items():
@@ -274,7 +275,7 @@ def test_unmasking_with_signatures_of_outsiders_duplicates_or_forged_ones_is_ref
     consort = sizes(level)
     attempt, _ = reach(consort, "accept")
     inside = range(1, 6)
-    message = Accepted(attempt.tau, entries_of(attempt, inside), left_out([6, 7]))
+    message = Accepted(attempt.tau, entries_of(attempt, inside), left_out([6, 7]), b"")
     root = schedule.accepted_root(message.entries)
     for site in inside:
         consort.parties[site].step("accept", server_says(consort, message))
@@ -316,7 +317,8 @@ def test_no_round_is_unmasked_twice(level: str) -> None:
 def test_an_unmasking_gives_shares_of_the_accepted_only(level: str) -> None:
     consort = sizes(level)
     attempt, _ = reach(consort, "accept")
-    message = server_says(consort, Accepted(attempt.tau, entries_of(attempt, range(1, 7)), left_out([7])))
+    accepted = Accepted(attempt.tau, entries_of(attempt, range(1, 7)), left_out([7]), b"")
+    message = server_says(consort, accepted)
     for site in range(1, 7):
         attempt_ack = consort.parties[site].step("accept", message)[0]
         attempt.views.acks[site] = decode(attempt_ack, AckUpload).ack
@@ -346,11 +348,11 @@ def test_two_accepted_sets_are_never_both_opened(num_sites: int) -> None:
     for size in range(len(upright) + 1):
         consort = gather(num_sites)
         attempt, _ = reach(consort, "accept")
-        first = Accepted(attempt.tau, entries_of(attempt, whole), ())
-        second = Accepted(attempt.tau, entries_of(attempt, without), left_out(set(whole) - set(without)))
+        first = Accepted(attempt.tau, entries_of(attempt, whole), (), b"")
+        second = Accepted(attempt.tau, entries_of(attempt, without), left_out(set(whole) - set(without)), b"")
         if without == list(whole):
             entries = (AcceptedEntry(1, bytes(32)), *first.entries[1:])
-            second = Accepted(attempt.tau, entries, ())
+            second = Accepted(attempt.tau, entries, (), b"")
         opened_sets = 0
         for message, sites in ((first, upright[:size]), (second, upright[size:])):
             root = schedule.accepted_root(message.entries)
@@ -551,7 +553,7 @@ def test_a_message_under_another_charter_does_not_count(changes: dict[str, Any])
         {"scale": scale_for(4)},
         {"noise_multiplier": 1.0},
         {"norm_slack": 2.0},
-        {"rule": "none"},
+        {"rules": ("none",)},
         {"smallest_cohort": 2},
         {"smallest_cohort": 4, "smallest_cohort_waiver": False},
         {"smallest_cohort": 6},
@@ -740,7 +742,7 @@ def test_cohorts_shown_differently_are_never_unmasked_at_level_sum() -> None:
         one = attempt if site <= 4 else other
         digests = {**attempt.views.digests, **other.views.digests}
         entries = tuple(AcceptedEntry(i, digests[i]) for i in sorted(one.views.ready))
-        answer, _ = party.step("accept", server_says(consort, Accepted(one.tau, entries, ())))
+        answer, _ = party.step("accept", server_says(consort, Accepted(one.tau, entries, (), b"")))
         acks[site > 4].append(decode(answer, AckUpload).ack)
     for site, party in consort.parties.items():
         one = attempt if site <= 4 else other

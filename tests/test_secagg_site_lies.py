@@ -315,12 +315,12 @@ def fix_row(consort: Consort, attempt: SumRound, site: int, peer: int, sent: Vec
     party = consort.parties[site]
     assert party.state is not None
     keys, signs = party.member.mask_keys([i for i in attempt.cohort if i != site], attempt.tau)
-    row = sketch(attempt.masked_input(site), attempt.beta)
+    row = sketch(attempt.masked_input(site), attempt.beta, attempt.apart)
     row -= sketches_of_masks(
-        [schedule.self_key(party.state.seed, attempt.tau)], attempt.length, attempt.beta
+        [schedule.self_key(party.state.seed, attempt.tau)], attempt.length, attempt.beta, attempt.apart
     )[0]
     for key, sign in zip(keys, signs, strict=True):
-        mask = sketches_of_masks([key], attempt.length, attempt.beta)[0]
+        mask = sketches_of_masks([key], attempt.length, attempt.beta, attempt.apart)[0]
         row = row - mask if sign > 0 else row + mask
     missing = row - sent
     return missing if schedule.pair_sign(site, peer) > 0 else np.uint32(0) - missing
@@ -484,7 +484,7 @@ def test_a_wrong_mask_key_with_a_fitting_report_is_found_in_the_row() -> None:
     before = with_a_drop_out({LIAR: {"accept": tell.reveal(false_key)}})
 
     def after(consort: Consort, attempt: SumRound) -> Mapping[int, Mapping[str, LieAt]]:
-        values = sketches_of_masks([bytes(range(32))], attempt.length, attempt.beta)[0]
+        values = sketches_of_masks([bytes(range(32))], attempt.length, attempt.beta, attempt.apart)[0]
 
         def fitting(found: Report) -> dict[str, Any]:
             pairs = tuple(

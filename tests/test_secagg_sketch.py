@@ -22,6 +22,7 @@ from fedvision.secagg.sketch import (
     sketch_of_mask,
     sketches_of_masks,
     squared_norm,
+    without_tail,
 )
 from tests.vectors.make_primitives import FOLDER, KEY, key_of, text_of, words
 
@@ -103,6 +104,46 @@ def test_buckets_and_signs_are_uniform_and_the_tables_independent() -> None:
         for two in range(one):
             assert np.sum(places[:, one] == places[:, two]) < 30  # 3000 / 512, five deviations more
             assert abs(np.sum(signs[:, one] * signs[:, two])) < 5 * math.sqrt(count)
+
+
+def test_the_last_coordinates_can_be_alone_in_their_buckets() -> None:
+    rng = np.random.default_rng(3)
+    update = rng.integers(-999, 999, 40_000).astype(np.int32)
+    update[-2:] = 0
+    tail = np.zeros_like(update)
+    tail[-2:] = 77_000, -2_000_000
+    for index in range(5):
+        beta = key_of("tail", index)
+        body, end = (centred(sketch(values.view(np.uint32), beta, 2)) for values in (update, tail))
+        assert body @ end == 0
+        assert end @ end == TABLES * (77_000**2 + 2_000_000**2)
+        whole = centred(sketch((update + tail).view(np.uint32), beta, 2))
+        assert whole @ whole == body @ body + end @ end
+        ratio = (body @ body) / TABLES / float(update.astype(np.float64) @ update)
+        assert abs(ratio - 1) < 0.2
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes, st.integers(0, 2**32))
+def test_masks_are_sketched_alike_with_the_last_coordinates_apart(size: int, seed: int) -> None:
+    beta, keys = key_of(seed, "beta"), [key_of(seed, index) for index in range(3)]
+    apart = min(2, size - 1)
+    found = sketches_of_masks(keys, size, beta, apart)
+    for key, row in zip(keys, found, strict=True):
+        assert np.array_equal(row, sketch(mask_stream(key, size), beta, apart))
+
+
+def test_loss_and_weight_are_projected_out_of_a_clear_sketch() -> None:
+    rng = np.random.default_rng(4)
+    update = rng.integers(-999, 999, 40_000).astype(np.int32)
+    update[-2:] = 0
+    loud = update.copy()
+    loud[-2:] = 77_000, -2_000_000
+    beta = key_of("projected")
+    rows = np.array([centred(sketch(values.view(np.uint32), beta)) for values in (update, loud)], float)
+    plain, cleaned = without_tail(rows, update.size, beta)
+    assert np.abs(plain - cleaned).max() < 1e-3
+    assert abs(plain @ plain / (rows[0] @ rows[0]) - 1) < 0.02
 
 
 def test_centring_lifts_to_the_nearest_integers() -> None:

@@ -1,8 +1,11 @@
 """What an attempt at a masked sum holds, at the server, and how it may end."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedvision.errors import RoundError
 from fedvision.secagg.masking import MaskVector, add_masks
@@ -24,6 +27,44 @@ class Store(Protocol):
     def get(self, site: int) -> MaskVector:
         """Return it, read-only."""
         ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the server learns of the updates of one sum, at level ``sketch`` or ``gram``.
+
+    All numbers are of sketches rounded to units of ``norm_bound / 4096``, four tables added up.
+
+    Attributes:
+        sites: Whose updates, ascending; those with a norm above the bound are not among them.
+        gram: Their inner products, shape (n, n), int64.
+        root: Their inner products with the root set's update, shape (n,), int64; None without one.
+        root_square: The squared norm of the root set's update.
+        most_excluded: How many of them can be left out.
+    """
+
+    sites: tuple[int, ...]
+    gram: NDArray[np.int64] = field(repr=False)
+    root: NDArray[np.int64] | None = field(repr=False)
+    root_square: int
+    most_excluded: int
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Which of them the rules leave out, and what is said about it.
+
+    Attributes:
+        excluded: Numbers of sites, ``most_excluded`` at most.
+        judgement: All findings, for the ``Accepted`` message.
+    """
+
+    excluded: frozenset[int]
+    judgement: bytes = field(repr=False)
+
+
+Select = Callable[[Measured], Selected]
+"""Applies the charter's rules; a function of its argument and of what is known before the sum, no more."""
 
 
 class AttemptError(RoundError):
@@ -61,6 +102,7 @@ class Views:
     products: dict[int, Signed] = field(default_factory=dict, repr=False)
     product_shares: dict[int, bytes] = field(default_factory=dict, repr=False)
     zero_shares: dict[int, bytes] = field(default_factory=dict, repr=False)
+    root_shares: dict[int, bytes] = field(default_factory=dict, repr=False)
     acks: dict[int, Signed] = field(default_factory=dict)
     keys: dict[int, dict[int, bytes]] = field(default_factory=dict, repr=False)
     shares: dict[int, dict[int, bytes]] = field(default_factory=dict, repr=False)

@@ -49,7 +49,8 @@ from fedvision.secagg.sketch import sketch, sketches_of_masks
 
 def _pair_sketches(member: SiteMember, state: SiteSession, peers: list[int], length: int) -> dict[int, bytes]:
     keys, _ = member.mask_keys(peers, state.tau)
-    values = sketches_of_masks(keys, length, state.beta)
+    apart = member.consortium.apart(state.session.purpose)
+    values = sketches_of_masks(keys, length, state.beta, apart)
     return {peer: input_bytes(value) for peer, value in zip(peers, values, strict=True)}
 
 
@@ -78,7 +79,7 @@ def report(
         raise ProtocolError("session", f"{state.session}: a dispute about another session")
     peers = [site for site in mapping(state.cohort) if site != member.number]
     found = _pair_sketches(member, state, peers, vector.size)
-    own = input_bytes(sketch(vector, state.beta))
+    own = input_bytes(sketch(vector, state.beta, member.consortium.apart(state.session.purpose)))
     message = Report(
         state.tau, state.beta, own, tuple(PairSketch(i, found[i]) for i in peers), state.deal_seed
     )
@@ -225,7 +226,9 @@ class Trial:
         for holder, signed in views.products.items():
             held = {dealer: dealt[holder] for dealer, dealt in texts.items()}
             truth = holding.multiply(attempt.consortium, held, attempt.challenge)
-            if truth != (views.product_shares[holder], views.zero_shares[holder]):
+            root = holding.root_products(held, attempt.root_sketch)
+            said = (views.product_shares[holder], views.zero_shares[holder], views.root_shares[holder])
+            if (*truth, root) != said:
                 yield Evidence(holder, "products", (signed,))
 
     def _false_rows(self, seeds: Mapping[int, bytes]) -> Iterable[Evidence]:
@@ -240,13 +243,13 @@ class Trial:
                 continue
             claims = self._claims(site)
             revealed = views.keys.get(site, {})
-            shown = sketches_of_masks(list(revealed.values()), attempt.length, attempt.beta)
+            shown = sketches_of_masks(list(revealed.values()), attempt.length, attempt.beta, attempt.apart)
             if any(claims[peer] != input_bytes(value) for peer, value in zip(revealed, shown, strict=True)):
                 yield Evidence(site, "mask-key", proof)
                 continue
             seed = schedule.self_key(seeds[site], attempt.tau)
-            row = sketch(attempt.masked_input(site), attempt.beta)
-            row -= sketches_of_masks([seed], attempt.length, attempt.beta)[0]
+            row = sketch(attempt.masked_input(site), attempt.beta, attempt.apart)
+            row -= sketches_of_masks([seed], attempt.length, attempt.beta, attempt.apart)[0]
             for peer, values in claims.items():
                 mask = np.frombuffer(values, "<u4").astype(np.uint32)
                 row = row - mask if schedule.pair_sign(site, peer) > 0 else row + mask
@@ -267,7 +270,7 @@ class Trial:
             public = attempt.publics[peer, own]
             pair = schedule.pair_key(attempt.consortium, own, peer, secret, public)
             key = schedule.mask_key(pair, attempt.tau)
-            truth = input_bytes(sketches_of_masks([key], attempt.length, attempt.beta)[0])
+            truth = input_bytes(sketches_of_masks([key], attempt.length, attempt.beta, attempt.apart)[0])
             for site, other in ((i, j), (j, i)):
                 if self._claims(site)[other] != truth:
                     yield Evidence(site, "pair", (*reports, openings[0][0]))

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import CipherContext
 from numpy.typing import NDArray
 
 from fedvision.errors import MessageError
-from fedvision.secagg.masking import MaskVector, keystream
+from fedvision.secagg.masking import LongKeystream, MaskVector
 
 MAX_SITES = 255
 LIMB_BITS = 20
@@ -30,8 +29,7 @@ _TAIL_PART = 16
 _WEIGHT_PART = 2
 _SMALLEST_SCALE = 1 << 12
 _NORM_SLACK = 1e-6
-_SLICE = 1 << 15
-_ZEROS = bytes(2 * _SLICE)
+_SLICE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,11 @@ class Encoding:
         return self.scale * math.sqrt(1 + tail) + math.sqrt(self.length)
 
     @property
+    def largest_weight(self) -> int:
+        """The last coordinate of a vector with the largest weight, in units."""
+        return self._step_units * self._steps
+
+    @property
     def _steps(self) -> int:
         """Steps of w from 0 to 1; a whole number of units each, so that the weights add up exactly."""
         return min(self.weight_cap, self.scale // _WEIGHT_PART)
@@ -152,10 +155,10 @@ class Encoding:
         largest = self.scale * steps / self._steps  # w * S, the norm of a vector at the bound
         encoded = np.empty(self.length, np.int32)
         coordinates, factor = encoded[: self.size], largest / self.clip_norm
-        uniform = keystream(rounding_key)
+        uniform = LongKeystream(rounding_key)
         norm = _round_into(coordinates, update, factor, uniform, largest * (1 + _NORM_SLACK))
         if norm > largest:
-            uniform = keystream(rounding_key)
+            uniform = LongKeystream(rounding_key)
             _round_into(coordinates, update, factor * (largest / norm), uniform, math.inf)
         caps = self.metric_caps
         tail = [min(max(value, 0.0), cap) / cap for value, cap in zip(metrics, caps, strict=True)]
@@ -214,7 +217,7 @@ def _round_into(
     target: NDArray[np.int32],
     values: NDArray[np.floating],
     factor: float,
-    uniform: CipherContext,
+    uniform: LongKeystream,
     largest_norm: float,
 ) -> float:
     """Write ``floor(values * factor + u)`` to ``target``.
@@ -243,7 +246,7 @@ def _round_into(
         squares += float(x @ x)
         if not squares <= largest_norm**2:
             raise ValueError("update must be finite and its L2 norm at most clip_norm")
-        uniform.update_into(_ZEROS[: 2 * part.size], bits[: part.size].view(np.uint8).data)
+        uniform.fill(bits[: part.size])
         u[...] = bits[: part.size]
         u *= 2.0**-16
         x += u

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from fedvision.errors import MessageError
 from fedvision.secagg.masking import MaskVector, keystream
-from fedvision.secagg.sketch import NORM_SLACK, ROWS, TABLES, centred
+from fedvision.secagg.sketch import NORM_SLACK, ROWS, TABLES, centred, without_tail
 
 ShareVector = NDArray[np.uint64]
 IntegerVector = NDArray[np.int64]
@@ -74,6 +74,27 @@ def round_sketch(values: MaskVector, norm_bound: float) -> IntegerVector:
     if not norm_bound > 0:
         raise ValueError(f"norm_bound must be > 0, got {norm_bound}")
     return np.rint(centred(values) * float(UNITS) / norm_bound).astype(np.int64)
+
+
+def products_in_the_clear(
+    sketches: Sequence[MaskVector], root: IntegerVector, size: int, beta: bytes, norm_bound: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return what level ``gram`` would open of sketches that are seen, less loss and weight.
+
+    Args:
+        sketches: Shape (2048,) each, uint32.
+        root: The root set's rounded sketch, int64; empty without one.
+        size: Number of coordinates of the inputs.
+        beta: The seed of the sketches.
+        norm_bound: Largest L2 norm of a compliant encoded vector, > 0.
+
+    Returns:
+        The Gram matrix of the rounded sketches, and each one's inner product with the root's.
+    """
+    rows = np.array([centred(values) for values in sketches], np.float64).reshape(-1, ROWS)
+    rows = without_tail(rows, size, beta)
+    rounded = np.rint(rows * float(UNITS) / norm_bound).astype(np.int64)
+    return rounded @ rounded.T, rounded @ root if root.size else np.zeros(len(rounded), np.int64)
 
 
 def deal(values: IntegerVector, degree: int, points: Sequence[int], seed: bytes) -> dict[int, ShareVector]:
@@ -220,6 +241,32 @@ def products(shares: Mapping[int, ShareVector], zero_shares: Iterable[ShareVecto
         for zero in zeros:
             total += _unpack(zero, index)
         residues.append(_modulo(total, prime))
+    return _pack(residues)
+
+
+def public_products(shares: Mapping[int, ShareVector], public: IntegerVector) -> ShareVector:
+    """Return one holder's shares of each site's inner product with a vector that everybody knows.
+
+    They lie on polynomials of the degree of the dealing, m, whose other coefficients are inner products of
+    uniform vectors with ``public``: all holders' shares together tell the inner product and no more.
+
+    Args:
+        shares: What each site dealt to this holder, shape (k,), k <= 2048, by site number.
+        public: Shape (k,), int64.
+
+    Returns:
+        Shape (n,), in ascending order of numbers.
+
+    Raises:
+        MessageError: Shares are of another shape or not elements of the field.
+    """
+    if public.size > ROWS:
+        raise ValueError(f"products are exact up to {ROWS} coordinates, got {public.size}")
+    rows = _rows(shares, public.size)
+    residues = []
+    for index, prime in enumerate(PRIMES):
+        known = (public % prime).astype(np.float64)
+        residues.append(_modulo(_unpack(rows, index) @ known, prime))
     return _pack(residues)
 
 

@@ -8,6 +8,7 @@ shown by one combination of each dealer's zeros, drawn by the server after all d
 zero more, in no product, keeps the combination itself from saying anything.
 """
 
+import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -104,6 +105,62 @@ def multiply(consortium: Consortium, texts: Mapping[int, bytes], challenge: byte
     return _bytes(found), _bytes(gram.combine([zeros[dealer] for dealer in sorted(zeros)], challenge))
 
 
+def root_bytes(values: gram.IntegerVector) -> bytes:
+    """Return the root set's rounded sketch as a ``Holding`` message carries it."""
+    return values.astype("<i4").tobytes()
+
+
+def root_values(root: bytes) -> gram.IntegerVector:
+    """Return the numbers of such a message, shape (2048,), int64; none for none."""
+    return np.frombuffer(root, "<i4").astype(np.int64)
+
+
+def root_products(texts: Mapping[int, bytes], root: bytes) -> bytes:
+    """Return a holder's shares of each dealer's inner product with the root set's sketch.
+
+    Args:
+        texts: What each dealer gave to this holder.
+        root: As in the ``Holding`` message; nothing gives nothing.
+
+    Raises:
+        MessageError: It has another length, or is longer than any compliant update's.
+    """
+    if not root:
+        return b""
+    if len(root) != SHARE_BYTES // 2:
+        raise MessageError("the sketch of the root set's update has another length")
+    public = root_values(root)
+    if np.abs(public).max() > 1 << 20 or gram.over_bound(np.array([[public @ public]])):
+        raise MessageError("the sketch of the root set's update is too long")
+    shares = {dealer: _values(text[:SHARE_BYTES]) for dealer, text in texts.items()}
+    return _bytes(gram.public_products(shares, public))
+
+
+def read_root(
+    consortium: Consortium, matrix: np.ndarray, root: bytes, shares: Mapping[int, bytes]
+) -> np.ndarray:
+    """Return each dealer's inner product with the root set's sketch, shape (dealers,), int64.
+
+    Args:
+        consortium: Its charter sets the degree.
+        matrix: The Gram matrix of the dealers.
+        root: The sketch, as in the ``Holding`` message.
+        shares: Each holder's ``Products.root``.
+
+    Raises:
+        MessageError: The shares lie on no polynomial, or no vectors have such products: somebody lied.
+    """
+    found = gram.interpolate(
+        {holder: _values(data) for holder, data in shares.items()}, consortium.charter.max_colluding
+    )
+    public = root_values(root).astype(np.float64)
+    bound = np.diagonal(matrix).astype(np.float64) * float(public @ public) * (1 + 1e-9)
+    inside = np.setdiff1d(np.arange(len(matrix)), gram.over_bound(matrix))
+    if (found[inside].astype(np.float64) ** 2 > bound[inside]).any():
+        raise MessageError("no vectors have these inner products with the root set's")
+    return found
+
+
 def add_held(held: Iterable[HeldShare], inside: Collection[int]) -> bytes:
     """Return a holder's share of the sum of the accepted sketches; nothing where it holds none."""
     shares = [_values(item.share) for item in held if item.dealer in inside]
@@ -158,10 +215,10 @@ def sum_fits(
     return bool(np.abs(exact - claimed).max() <= num_inside / 2 + 1e-6)
 
 
-def basis(challenge: bytes, sketches: Sequence[Signed]) -> bytes:
-    """Return the hash of what products are made from: the challenge and all dealers' sketch messages."""
+def basis(challenge: bytes, sketches: Sequence[Signed], root: bytes) -> bytes:
+    """Return the hash of what products are made from: challenge, dealers' messages, root sketch."""
     leaves = [bytes([signed.sender]) + signed.body for signed in sketches]
-    return schedule.digest_of("holding", challenge, merkle_root(leaves))
+    return schedule.digest_of("holding", challenge, merkle_root(leaves), hashlib.sha256(root).digest())
 
 
 def fresh_challenge() -> bytes:

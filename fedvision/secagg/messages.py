@@ -32,7 +32,15 @@ from fedvision.secagg.codec import U8, U16, U32, AtMost, Bytes32, Bytes64, messa
 MAX_SITES = 255
 SERVER = 0
 Purpose = Literal["train", "validate", "test"]
-Reason = Literal["no masked input", "no beacon", "no sketch", "norm above the bound", "no shares", "vanished"]
+Reason = Literal[
+    "no masked input",
+    "no beacon",
+    "no sketch",
+    "norm above the bound",
+    "no shares",
+    "vanished",
+    "by the rules",
+]
 SKETCH_BYTES = 2048 * 4
 SHARE_BYTES = 2048 * 8
 MAX_PAIRS = MAX_SITES * (MAX_SITES + 1) // 2
@@ -234,11 +242,13 @@ class HoldingEntry:
 class Holding:
     """What all dealers gave to one holder, by ascending dealer.
 
-    ``challenge`` draws the combination of the zeros that shows whether they are zeros.
+    ``challenge`` draws the combination of the zeros that shows whether they are zeros. ``root`` is the sketch
+    of the root set's update, rounded like a site's, little-endian int32; empty without a root set.
     """
 
     tau: Bytes32
     challenge: Bytes32
+    root: Annotated[bytes, AtMost(SKETCH_BYTES)] = field(repr=False)
     entries: Annotated[tuple[HoldingEntry, ...], Many]
 
 
@@ -246,13 +256,15 @@ class Holding:
 @dataclass(frozen=True)
 class Products:
     """A holder's shares of the inner products of all pairs of ``dealers``, upper triangle by rows, and of
-    one drawn combination of each dealer's zeros. ``basis`` binds the dealings and the challenge."""
+    one drawn combination of each dealer's zeros; and of each dealer's inner product with the root set's
+    sketch, if there is one. ``basis`` binds the dealings, the challenge and that sketch."""
 
     tau: Bytes32
     basis: Bytes32
     dealers: Annotated[bytes, Many]
     values: Annotated[bytes, AtMost(MAX_PAIRS * 8)] = field(repr=False)
     zeros: Annotated[bytes, AtMost(MAX_SITES * 8)] = field(repr=False)
+    root: Annotated[bytes, AtMost(MAX_SITES * 8)] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -274,11 +286,16 @@ class Exclusion:
 @message(17)
 @dataclass(frozen=True)
 class Accepted:
-    """The accepted set, by ascending number, and the others of the cohort."""
+    """The accepted set, by ascending number, and the others of the cohort.
+
+    ``judgement`` says what the charter's rules found about each site, with their numbers, as
+    ``defence.judge.Judgement`` writes it; empty where they were not applied.
+    """
 
     tau: Bytes32
     entries: Annotated[tuple[AcceptedEntry, ...], Many]
     excluded: Annotated[tuple[Exclusion, ...], Many]
+    judgement: Annotated[bytes, AtMost(1 << 19)] = field(repr=False)
 
 
 @message(18)

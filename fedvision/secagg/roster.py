@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self, overload
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from fedvision.config import Name, PositiveInt, Section
+from fedvision.config import Name, PositiveInt, RuleName, Section
 from fedvision.errors import ConfigError, MessageError, ProtocolError
 from fedvision.secagg import documents
 from fedvision.secagg.documents import Refused, canonical_json
@@ -29,7 +29,7 @@ from fedvision.storage import write_atomic
 
 Kind = Literal["roster", "charter"]
 Level = Literal["sum", "sketch", "gram"]
-Release = Literal["split_presence", "validation_sums", "test_sums", "test_by_site"]
+Release = Literal["split_presence", "validation_sums", "test_sums", "test_by_site", "judgements"]
 
 MAX_SITES = 255
 MIN_SITES = 3
@@ -187,7 +187,7 @@ class Roster(Section):
 class Charter(Section):
     """The rules of one job: what every site checks against its own job file and policy before it enrols."""
 
-    format: Literal[1] = Field(1, description="version of this file format")
+    format: Literal[2] = Field(2, description="version of this file format")
     federation: Name = Field(description="as in the roster")
     roster: Hex32 = Field(description="digest of the roster")
     job: Hex32 = Field(description="digest of the job")
@@ -223,7 +223,15 @@ class Charter(Section):
     norm_slack: Annotated[float, Field(ge=NORM_SLACK, le=NORM_SLACK)] = Field(
         NORM_SLACK, description="threshold on a sketched squared norm, in squared norm bounds"
     )
-    rule: Literal["norm"] = Field("norm", description="whom the server may leave out")
+    rules: tuple[RuleName, ...] = Field(
+        (), description="by which rules the server leaves out updates, beside the bound on their norm"
+    )
+    max_malicious: Annotated[float, Field(ge=0, le=0.45)] = Field(
+        0.2, description="share of the sites that the rules take to attack together"
+    )
+    root_set: Hex32 | Literal[""] = Field(
+        "", description="digest of the root set, whose update the rules may compare with; empty without one"
+    )
     releases: tuple[Release, ...] = Field((), description="what else sites release, by name")
     statistics_size: Annotated[int, Field(ge=0)] = Field(
         0, description="numbers in a site's evaluation statistics"
@@ -252,9 +260,17 @@ class Charter(Section):
             raise ValueError(
                 f'level "gram" needs at least 4 sites, got {n}: with 3, a share of a sketch is the sketch'
             )
+        if self.rules and self.level == "sum":
+            raise ValueError('rules need level "sketch" or "gram": at "sum" the server sees no update at all')
+        if "root_cosine" in self.rules and not self.root_set:
+            raise ValueError("rule root_cosine needs a root set")
+        if len(set(self.rules)) != len(self.rules):
+            raise ValueError("rules has a name twice")
         if len(set(self.releases)) != len(self.releases):
             raise ValueError("releases has a name twice")
-        if set(self.releases) - {"split_presence"} and self.statistics_size == 0:
+        if bool(self.rules) != ("judgements" in self.releases):
+            raise ValueError("rules and the release of judgements go together: all sites see what they say")
+        if set(self.releases) - {"split_presence", "judgements"} and self.statistics_size == 0:
             raise ValueError("releases of sums need statistics_size > 0")
         return self
 

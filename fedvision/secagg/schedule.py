@@ -30,6 +30,7 @@ from fedvision.secagg.identity import Identity, verify
 from fedvision.secagg.merkle import merkle_root
 from fedvision.secagg.messages import SERVER, AcceptedEntry, Enrolment, Purpose, Session, Signed
 from fedvision.secagg.roster import Charter, Roster
+from fedvision.secagg.sketch import TAIL
 
 LOW_ORDER = frozenset(
     bytes.fromhex(text)
@@ -76,6 +77,10 @@ class Consortium:
     def level(self, purpose: Purpose) -> str:
         """Return the level of a sum: the charter's for training, ``sum`` for statistics."""
         return self.charter.level if purpose == "train" else "sum"
+
+    def apart(self, purpose: Purpose) -> int:
+        """Return how many coordinates at the end of an input have buckets of their own in its sketch."""
+        return TAIL if self.level(purpose) == "gram" else 0
 
     def key_of(self, sender: int) -> bytes:
         """Return the Ed25519 key of the server or of an enrolled site.

@@ -16,12 +16,22 @@ Rules:
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedvision.errors import MessageError, ProtocolError
 from fedvision.secagg import holding, schedule, shamir
-from fedvision.secagg.attempt import AttemptError, Disputed, MaskedSum, Store, Views, remove_masks
+from fedvision.secagg.attempt import (
+    AttemptError,
+    Disputed,
+    MaskedSum,
+    Measured,
+    Select,
+    Store,
+    Views,
+    remove_masks,
+)
 from fedvision.secagg.codec import decode, encode, kind_of
-from fedvision.secagg.gram import over_bound
+from fedvision.secagg.gram import over_bound, products_in_the_clear, round_sketch
 from fedvision.secagg.identity import Identity
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.member import box_leaf, seed_hash, vector_digest
@@ -77,6 +87,8 @@ class SumRound:
         norm_bound: Largest L2 norm of a compliant encoded input; for sketches.
         store: Keeps masked inputs.
         threads: CPU threads for removing masks.
+        select: Applies the charter's rules at level ``sketch`` or ``gram``; None leaves out nobody.
+        root: The root set's update in units, zeros in its tail; None where the charter names no root set.
     """
 
     def __init__(
@@ -90,6 +102,8 @@ class SumRound:
         norm_bound: float,
         store: Store,
         threads: int = 1,
+        select: Select | None = None,
+        root: MaskVector | None = None,
     ) -> None:
         self.consortium = consortium
         self.publics = publics
@@ -98,6 +112,7 @@ class SumRound:
         self.length = length
         self.norm_bound = norm_bound
         self.level = consortium.level(session.purpose)
+        self.apart = consortium.apart(session.purpose)
         self.views = Views()
         self.evidence: list[Evidence] = []
         self.excluded: dict[int, Reason] = {}
@@ -105,6 +120,11 @@ class SumRound:
         self.cohort: tuple[int, ...] = ()
         self.tau = self.beta = self.root = self.challenge = b""
         self.gram = np.zeros((0, 0), np.int64)
+        self.root_sketch = b""
+        self.measured: Measured | None = None
+        self.judgement = b""
+        self._select = select
+        self._root = root
         self._identity = identity
         self._store = store
         self._threads = threads
@@ -267,6 +287,10 @@ class SumRound:
         for site in set(self.views.masked) - set(self.views.beacons):
             self.excluded[site] = "no beacon"
         self.beta = schedule.make_beta(self.tau, self.root, self.views.numbers)
+        if self._root is not None:
+            self.root_sketch = holding.root_bytes(
+                round_sketch(sketch_of(self._root, self.beta, self.apart), self.norm_bound)
+            )
         return self.say(BeaconRoll(self.tau, _by_site(self.views.beacons)))
 
     def add_sketch(self, site: int, data: bytes) -> None:
@@ -319,7 +343,7 @@ class SumRound:
                 HoldingEntry(self.views.sketches[d], self.views.sealed[d][site], paths[d][index])
                 for d in dealers
             )
-            messages[site] = self.say(Holding(self.tau, self.challenge, entries))
+            messages[site] = self.say(Holding(self.tau, self.challenge, self.root_sketch, entries))
         return messages
 
     def add_products(self, site: int, data: bytes) -> None:
@@ -338,15 +362,18 @@ class SumRound:
         self._of_session(products.tau)
         dealers = sorted(self.views.sketches)
         sketches = [self.views.sketches[dealer] for dealer in dealers]
-        if products.basis != holding.basis(self.challenge, sketches):
+        if products.basis != holding.basis(self.challenge, sketches, self.root_sketch):
             raise ProtocolError("session", f"{self.session}: products of other dealings")
         if list(products.dealers) != dealers or len(products.zeros) != 8 * len(dealers):
             raise ProtocolError("roster", f"{self.session}: products of other dealers")
         if len(products.values) != 8 * (len(dealers) * (len(dealers) + 1) // 2):
             raise MessageError("there must be one product for each pair of dealers")
+        if len(products.root) != (8 * len(dealers) if self.root_sketch else 0):
+            raise MessageError("there must be one product with the root set for each dealer")
         self.views.products[site] = signed
         self.views.product_shares[site] = products.values
         self.views.zero_shares[site] = products.zeros
+        self.views.root_shares[site] = products.root
 
     def _judge_gram(self) -> None:
         """Leave out sites whose norm is above the bound.
@@ -366,6 +393,7 @@ class SumRound:
             self.gram = holding.read_gram(
                 self.consortium, len(dealers), self.views.product_shares, self.views.zero_shares
             )
+            root = self._read_root()
         except MessageError as error:
             raise Disputed(f"{self.session}: {error}") from None
         proof = tuple(self.views.products[site] for site in sorted(self.views.products))
@@ -376,9 +404,56 @@ class SumRound:
             self.evidence.append(Evidence(dealers[index], "norm", proof))
         for site in set(dealers) - set(self.views.products):
             self.excluded.setdefault(site, "no shares")
+        self._apply_rules(dealers, self.gram, root)
+
+    def _read_root(self) -> NDArray[np.int64] | None:
+        if not self.root_sketch:
+            return None
+        return holding.read_root(self.consortium, self.gram, self.root_sketch, self.views.root_shares)
+
+    def _judge_sketches(self) -> None:
+        """Leave out sites whose norm is above the bound, and those that the rules leave out."""
+        for site, values in self.views.values.items():
+            if not is_within(values, self.norm_bound):
+                self.excluded[site] = "norm above the bound"
+            if not is_within(values, self.norm_bound, PROOF_SLACK):
+                proof = (self.views.masked[site], self.views.sketches[site])
+                self.evidence.append(Evidence(site, "norm", proof))
+        inside = sorted(self.views.values.keys() - self.excluded.keys())
+        if self._select is None or not inside:
+            return
+        gram, root = products_in_the_clear(
+            [self.views.values[site] for site in inside],
+            holding.root_values(self.root_sketch),
+            self.length,
+            self.beta,
+            self.norm_bound,
+        )
+        self._apply_rules(inside, gram, root if self.root_sketch else None)
+
+    def _apply_rules(
+        self, sites: Sequence[int], gram: NDArray[np.int64], root: NDArray[np.int64] | None
+    ) -> None:
+        """Leave out the sites that the charter's rules leave out, of those that are not out already."""
+        left = [index for index, site in enumerate(sites) if site not in self.excluded]
+        most = len(left) - self.consortium.quorum
+        if self._select is None or most < 0:
+            return
+        public = holding.root_values(self.root_sketch)
+        self.measured = Measured(
+            tuple(sites[index] for index in left),
+            gram[np.ix_(left, left)],
+            None if root is None else root[left],
+            int(public @ public),
+            most,
+        )
+        selected = self._select(self.measured)
+        self.judgement = selected.judgement
+        for site in sorted(selected.excluded):
+            self.excluded[site] = "by the rules"
 
     def accept(self) -> bytes:
-        """Choose whose inputs are added, by the norm bound, and return the ``Accepted`` message.
+        """Choose whose inputs are added, by norm bound and rules, and return the ``Accepted`` message.
 
         Raises:
             AttemptError: Too few are left.
@@ -392,12 +467,7 @@ class SumRound:
         if self.level == "gram":
             self._judge_gram()
         if self.level == "sketch":
-            for site, values in self.views.values.items():
-                if not is_within(values, self.norm_bound):
-                    self.excluded[site] = "norm above the bound"
-                if not is_within(values, self.norm_bound, PROOF_SLACK):
-                    proof = (self.views.masked[site], self.views.sketches[site])
-                    self.evidence.append(Evidence(site, "norm", proof))
+            self._judge_sketches()
         return self._announce(candidates - set(self.excluded))
 
     def shrink(self) -> bytes:
@@ -421,7 +491,7 @@ class SumRound:
         self._require(inside, "inputs may be added")
         self.accepted = tuple(AcceptedEntry(site, self.views.digests[site]) for site in sorted(inside))
         excluded = tuple(Exclusion(site, self.excluded[site]) for site in sorted(self.excluded))
-        return self.say(Accepted(self.tau, self.accepted, excluded))
+        return self.say(Accepted(self.tau, self.accepted, excluded, self.judgement))
 
     def masked_input(self, site: int) -> MaskVector:
         """Return a masked input that was kept."""
@@ -526,9 +596,9 @@ class SumRound:
             claimed = np.zeros(2048, np.uint32)
             for site in self.inside:
                 claimed += self.views.values[site]
-            fits = bool(np.array_equal(sketch_of(total, self.beta), claimed))
+            fits = bool(np.array_equal(sketch_of(total, self.beta, self.apart), claimed))
         if self.level == "gram":
-            found = sketch_of(total, self.beta)
+            found = sketch_of(total, self.beta, self.apart)
             fits = holding.sum_fits(self.consortium, len(self.inside), self.views.sum_shares, found)
         return MaskedSum(total, fits, seeds)
 

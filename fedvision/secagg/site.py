@@ -275,6 +275,19 @@ def acknowledge(
     return marks, state, encode(upload)
 
 
+def hear(member: SiteMember, state: SiteSession, accepted_bytes: bytes) -> Accepted:
+    """Return the ``Accepted`` message that leaves this site out, of the session that it is in.
+
+    Raises:
+        ProtocolError, MessageError: It is not the server's, of another session, or does not leave it out.
+    """
+    accepted = read_server(member.consortium, accepted_bytes, Accepted)
+    require_session(state, accepted.tau)
+    if member.number not in {item.site for item in accepted.excluded}:
+        raise ProtocolError("accepted-set", f"{state.session}: this site is not left out")
+    return accepted
+
+
 def unmask(
     member: SiteMember, marks: Marks, state: SiteSession, roll_bytes: bytes
 ) -> tuple[Marks, SiteSession, bytes]:

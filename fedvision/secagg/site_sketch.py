@@ -89,7 +89,7 @@ def send_sketch(
         raise ProtocolError("input", f"{state.session}: the stored input is not the one that was committed")
     numbers = read_beacons(member, state, roll)
     beta = schedule.make_beta(state.tau, state.root, numbers)
-    values = sketch_of(vector, beta)
+    values = sketch_of(vector, beta, member.consortium.apart(state.session.purpose))
     members = {number: digest for number, digest in mapping(state.masked).items() if number in numbers}
     seed, shares = b"", tuple[SealedShare, ...]()
     if member.consortium.level(state.session.purpose) == "gram":
@@ -131,7 +131,8 @@ def hold(
     dealers = [entry.sketch.sender for entry in message.entries]
     require_ascending(dealers, points, member.number)
     require_enough(member, len(dealers))
-    own = holding.deal_to_all(member.consortium, points, sketch_of(vector, state.beta), state.deal_seed)
+    values = sketch_of(vector, state.beta, member.consortium.apart(state.session.purpose))
+    own = holding.deal_to_all(member.consortium, points, values, state.deal_seed)
     texts = {member.number: own[member.number]}
     for entry in message.entries:
         dealer = entry.sketch.sender
@@ -154,7 +155,13 @@ def hold(
             complaint = Complaint(state.session, dealer, member.secrets[dealer])
             return marks, state, encode(member.sign(complaint))
     products, zeros = holding.multiply(member.consortium, texts, message.challenge)
-    basis = holding.basis(message.challenge, [entry.sketch for entry in message.entries])
+    if bool(message.root) != bool(member.consortium.charter.root_set):
+        raise ProtocolError(
+            "root-set", f"{state.session}: a root set that the charter does not name, or none"
+        )
+    root = holding.root_products(texts, message.root)
+    basis = holding.basis(message.challenge, [entry.sketch for entry in message.entries], message.root)
     held = tuple(HeldShare(dealer, texts[dealer][:SHARE_BYTES]) for dealer in dealers)
     marks, state = move(marks, state, "held", held=held)
-    return marks, state, encode(member.sign(Products(state.tau, basis, bytes(dealers), products, zeros)))
+    found = Products(state.tau, basis, bytes(dealers), products, zeros, root)
+    return marks, state, encode(member.sign(found))

@@ -7,6 +7,10 @@ the coordinate is added to its bucket, or subtracted. Rules:
 - Coordinate j takes bytes 8j to 8j + 7 of the AES-256-CTR stream of ``HKDF-Expand(beta,
   "fedvision/sketch/v1")``, a little-endian 16-bit word for each table in turn: bits 0 to 8 are the bucket,
   bit 9 set means minus, the others are not used.
+- At level ``gram`` the last two coordinates of a vector, a site's loss and weight, have buckets of their own:
+  510 and 511 of every table, with plus. Whatever else falls there goes to 254 and 255. So inner products are
+  those of the updates plus those of the last two coordinates, with no mixed terms: a weight of half a clip
+  norm would else drown a small update. Not at level ``sketch``, where the buckets are seen.
 
 What the norm test says. The mean of the tables' squared norms has the mean of the true squared norm and a
 standard deviation of 1/32 of it at most.
@@ -17,7 +21,8 @@ standard deviation of 1/32 of it at most.
   the test is off by a quarter: rejection at the bound 2**-8, acceptance up to 1.24 times the bound 2**-8, up
   to 1.52 times 2**-17, up to 2.16 times 2**-28. Updates of networks do not look like this; attacks may.
 - Entries near 2**31 can cancel in a bucket, but only against one another: every bucket that one falls in
-  alone exceeds any bound. All of them cancel in a table with probability 1/512 at most, in four 2**-36.
+  alone exceeds any bound. All of them cancel in a table with probability 1/512 at most, in four 2**-36;
+  with the last coordinates apart 1/256 and 2**-32.
   (Shifting whole rows of 512 coordinates instead would be faster, but two full rows of 2**31 cancel always.)
 
 Sources: Charikar, Chen, Farach-Colton 2002, section 3; design, section "The sketch".
@@ -31,11 +36,13 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 
-from fedvision.secagg.masking import KEY_BYTES, MaskVector, keystream
+from fedvision.secagg.masking import KEY_BYTES, LongKeystream, MaskVector
 
 TABLES = 4
 BUCKETS = 512
 ROWS = TABLES * BUCKETS
+TAIL = 2
+"""Coordinates at a vector's end that have buckets of their own at level ``gram``: loss and weight."""
 NORM_SLACK = 1.16
 PROOF_SLACK = 2.25
 """A squared norm above this many squared bounds is a lie; below, an honest vector with nearly all of its norm
@@ -43,7 +50,6 @@ in two coordinates may have met with a collision (2**-8 at ``NORM_SLACK``, 2**-2
 """Largest accepted squared norm, in squared norm bounds."""
 
 _SLICE = 1 << 16
-_ZEROS = bytes(8 * _SLICE)
 _PICKED = np.uint64(0x03FF_03FF_03FF_03FF)
 _TABLE_STARTS = np.uint64(0x0C00_0800_0400_0000)
 """A table has 1024 rows here, 512 for each sign: a 16-bit word becomes its row by one AND and one OR."""
@@ -56,7 +62,7 @@ def _signed_maps(size: int, beta: bytes) -> Iterator[tuple[int, coo_array]]:
     """
     if len(beta) != KEY_BYTES:
         raise ValueError(f"beta must have {KEY_BYTES} bytes, got {len(beta)}")
-    cipher = keystream(HKDFExpand(hashes.SHA256(), KEY_BYTES, b"fedvision/sketch/v1").derive(beta))
+    stream = LongKeystream(HKDFExpand(hashes.SHA256(), KEY_BYTES, b"fedvision/sketch/v1").derive(beta))
     words = np.empty(min(size, _SLICE), "<u8")
     for start in range(0, size, _SLICE):
         count = min(_SLICE, size - start)
@@ -65,27 +71,33 @@ def _signed_maps(size: int, beta: bytes) -> Iterator[tuple[int, coo_array]]:
             entries = (np.ones(columns.size, np.uint32), (np.zeros_like(columns), columns))
             matrix = coo_array(entries, shape=(2 * ROWS, count))
         part = words[:count]
-        cipher.update_into(_ZEROS[: 8 * count], part.view(np.uint8).data)
+        stream.fill(part)
         part &= _PICKED
         part |= _TABLE_STARTS
         matrix.row[...] = part.view("<u2")
         yield start, matrix
 
 
-def _fold(signed: MaskVector) -> MaskVector:
-    """Return plus minus minus: shape (k, 4096) to (k, 2048)."""
+def _fold(signed: MaskVector, tails: MaskVector) -> MaskVector:
+    """Return plus minus minus, with the last coordinates in buckets of their own: shape (k, 2048)."""
     halves = signed.reshape(-1, TABLES, 2, BUCKETS)
-    return (halves[:, :, 0] - halves[:, :, 1]).reshape(-1, ROWS)
+    tables = halves[:, :, 0] - halves[:, :, 1]
+    apart = tails.shape[1]
+    if apart:
+        tables[:, :, BUCKETS // 2 - apart : BUCKETS // 2] += tables[:, :, -apart:]
+        tables[:, :, -apart:] = tails[:, None]
+    return tables.reshape(-1, ROWS)
 
 
-def sketch(vector: MaskVector, beta: bytes) -> MaskVector:
+def sketch(vector: MaskVector, beta: bytes, apart: int = 0) -> MaskVector:
     """Return the sketch of ``vector``.
 
     Guarantee: ``sketch(x + y) == sketch(x) + sketch(y)`` modulo 2**32, for the same beta.
 
     Args:
-        vector: Shape (d,), uint32.
+        vector: Shape (d,), uint32, d > ``apart``.
         beta: 32 bytes.
+        apart: How many of the last coordinates have buckets of their own.
 
     Returns:
         Shape (2048,), uint32: the buckets of the first table, then of the others.
@@ -96,33 +108,61 @@ def sketch(vector: MaskVector, beta: bytes) -> MaskVector:
     if vector.ndim != 1 or vector.dtype != np.uint32:
         raise ValueError(f"vector must be uint32 of one dimension, got {vector.dtype} {vector.shape}")
     total = np.zeros(2 * ROWS, np.uint32)
-    for start, matrix in _signed_maps(vector.size, beta):
+    size = vector.size - apart
+    for start, matrix in _signed_maps(size, beta):
         total += matrix @ vector[start : start + matrix.shape[1]]
-    return _fold(total)[0]
+    return _fold(total, vector[None, size:])[0]
 
 
-def sketches_of_masks(keys: Sequence[bytes], size: int, beta: bytes) -> MaskVector:
-    """Return ``sketch(mask_stream(key, size), beta)`` for every key, shape (len(keys), 2048), uint32.
+def sketches_of_masks(keys: Sequence[bytes], size: int, beta: bytes, apart: int = 0) -> MaskVector:
+    """Return ``sketch(mask_stream(key, size), beta, apart)`` for every key, shape (len(keys), 2048), uint32.
 
     The masks are never held whole, and the map is drawn once for all keys.
 
     Raises:
         ValueError: A key or beta is not 32 bytes.
     """
-    ciphers = [keystream(key) for key in keys]
+    streams = [LongKeystream(key) for key in keys]
     totals = np.zeros((len(keys), 2 * ROWS), np.uint32)
     words = np.empty(min(size, _SLICE), "<u4")
-    for _, matrix in _signed_maps(size, beta):
+    tails = np.zeros((len(keys), apart), np.uint32)
+    for _, matrix in _signed_maps(size - apart, beta):
         part = words[: matrix.shape[1]]
-        for total, cipher in zip(totals, ciphers, strict=True):
-            cipher.update_into(_ZEROS[: 4 * part.size], part.view(np.uint8).data)
+        for total, stream in zip(totals, streams, strict=True):
+            stream.fill(part)
             total += matrix @ part.astype(np.uint32, copy=False)
-    return _fold(totals)
+    for tail, stream in zip(tails, streams, strict=True):
+        last = np.empty(tail.size, "<u4")
+        stream.fill(last)
+        tail[:] = last
+    return _fold(totals, tails)
 
 
 def sketch_of_mask(key: bytes, size: int, beta: bytes) -> MaskVector:
     """Return ``sketch(mask_stream(key, size), beta)``, shape (2048,); see ``sketches_of_masks``."""
     return sketches_of_masks([key], size, beta)[0]
+
+
+def without_tail(rows: NDArray[np.float64], size: int, beta: bytes) -> NDArray[np.float64]:
+    """Return sketches without the part that the last two coordinates, loss and weight, can have in them.
+
+    Each row is projected onto what is orthogonal to the sketches of these two coordinates. So their mixed
+    terms with an update vanish from inner products, whatever they are, and of the update's own sketch no more
+    than 2 of 2048 dimensions.
+
+    Args:
+        rows: Centred sketches of vectors with ``apart`` 0, shape (n, 2048).
+        size: Number of coordinates d of the vectors, > 2.
+        beta: 32 bytes.
+    """
+    ends = np.zeros((TAIL, ROWS))
+    for index in range(TAIL):
+        vector = np.zeros(size, np.uint32)
+        vector[size - TAIL + index] = 1
+        ends[index] = centred(sketch(vector, beta))
+    inverse = np.linalg.inv(ends @ ends.T)
+    projected: NDArray[np.float64] = rows - (rows @ ends.T) @ inverse @ ends
+    return projected
 
 
 def centred(values: MaskVector) -> NDArray[np.int64]:

@@ -4,14 +4,17 @@ One place for simulation and deployment, so that a job has the same rules in bot
 """
 
 from collections.abc import Collection
+from typing import cast
 
-from fedvision.config import Job
+from fedvision.config import Job, RuleName
+from fedvision.defence.rules import default_rules, least_sites
 from fedvision.errors import ConfigError
 from fedvision.secagg.roster import (
     MAX_SITES,
     MIN_SITES,
     SMALLEST_COHORT,
     Charter,
+    Level,
     Release,
     Roster,
     level_for,
@@ -70,7 +73,49 @@ def check_size(job: Job, num_sites: int, num_held_out: int = 0) -> None:
         level_for(job.secure_aggregation.level, num_sites, layout_of(network, local_names(network, job)).size)
 
 
-def make_charter(job: Job, roster: Roster, train: Collection[str], weight_cap: int) -> Charter:
+def rules_for(job: Job, level: Level, num_sites: int, has_root: bool) -> tuple[RuleName, ...]:
+    """Return the rules by which updates are left out: the job's, or the default for so many sites.
+
+    Args:
+        job: Its ``defence.rules`` decides.
+        level: What the server sees of an update; at ``sum`` it sees nothing that a rule could use.
+        num_sites: Sites that train.
+        has_root: Whether there is a root set.
+
+    Raises:
+        ConfigError: The job names rules that this level, or the lack of a root set, does not allow.
+    """
+    wanted = job.defence.rules
+    if wanted == "auto":
+        return cast(tuple[RuleName, ...], default_rules(num_sites, has_root)) if level != "sum" else ()
+    if wanted and level == "sum":
+        raise ConfigError(
+            f'defence.rules = {list(wanted)} needs level "sketch" or "gram": at "sum" no update is judged',
+            "set secure_aggregation.level, or write defence.rules = []",
+        )
+    if "root_cosine" in wanted and not has_root:
+        raise ConfigError(
+            "defence.rules names root_cosine, but there is no root set",
+            "name one in data.root_set, or at the server: `fedvision-server root-set add DATASET`",
+        )
+    for rule in wanted:
+        least = least_sites(rule, num_sites, job.defence.max_malicious)
+        if num_sites < least:
+            raise ConfigError(
+                f"rule {rule} needs {least} sites, the job has {num_sites} that train",
+                "take it out of defence.rules, lower defence.max_malicious, or add sites",
+            )
+    return wanted
+
+
+def rules_in_the_clear(job: Job, num_sites: int, has_root: bool) -> tuple[RuleName, ...]:
+    """Return the rules of a job without secure aggregation: the server sees every update."""
+    return rules_for(job, "gram", num_sites, has_root)
+
+
+def make_charter(
+    job: Job, roster: Roster, train: Collection[str], weight_cap: int, root_set: str = ""
+) -> Charter:
     """Return the charter of a job, not signed. The same arguments give the same charter.
 
     Args:
@@ -78,15 +123,21 @@ def make_charter(job: Job, roster: Roster, train: Collection[str], weight_cap: i
         roster: The federation.
         train: Names of the sites that train.
         weight_cap: Cases from which a site's weight does not grow; without effect for uniform weights.
+        root_set: Digest of the root set, "" without one; without effect if the job wants none.
 
     Raises:
-        ConfigError: A site is not in the roster, or the model is too small for the job's level.
+        ConfigError: A site is not in the roster, the model is too small for the job's level, or the rules of
+            its defence need what it has not.
     """
     network = initial_network(job)
     layout = layout_of(network, local_names(network, job))
     sites = tuple(sorted(roster.number_of(name) for name in train))
+    level = level_for(job.secure_aggregation.level, len(sites), layout.size)
+    root_set = root_set if job.defence.root == "auto" and level != "sum" else ""
     releases: list[Release] = ["split_presence", "validation_sums"]
     releases.append("test_by_site" if "test" in job.secure_aggregation.release else "test_sums")
+    rules = rules_for(job, level, len(sites), bool(root_set))
+    releases += ["judgements"] if rules else []
     return Charter(
         federation=roster.federation,
         roster=roster.digest().hex(),
@@ -100,11 +151,14 @@ def make_charter(job: Job, roster: Roster, train: Collection[str], weight_cap: i
         smallest_cohort_waiver=job.secure_aggregation.smallest_cohort < SMALLEST_COHORT,
         rounds=job.rounds,
         max_attempts=MAX_ATTEMPTS,
-        level=level_for(job.secure_aggregation.level, len(sites), layout.size),
+        level=level,
         clip_norm=job.aggregation.clip_norm,
         scale=scale_for(len(sites)),
         weight_cap=weight_cap if job.aggregation.weighting == "samples" else 1,
         metric_caps=(LOSS_CAP,),
+        rules=rules,
+        max_malicious=job.defence.max_malicious,
+        root_set=root_set,
         releases=tuple(releases),
         statistics_size=judgement_size(1, job, is_final=True),
         resamples=job.evaluation.bootstrap,

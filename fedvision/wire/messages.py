@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 from fedvision.errors import MessageError
 
 Split = Literal["val", "test"]
-Step = Literal["enrolled", "ready", "mask", "beacon", "sketch", "hold", "accept", "unmask", "dispute", "open"]
+Step = Literal[
+    "enrolled", "ready", "mask", "beacon", "sketch", "hold", "accept", "unmask", "told", "dispute", "open"
+]
 ByteVector = NDArray[np.uint8]
 FloatVector = NDArray[np.float32]
 """As in ``updates.layout``, which needs PyTorch; programs that only carry messages do without."""

@@ -3,8 +3,8 @@
 A message becomes one ConfigRecord with its scalars and small arrays, and one ArrayRecord with its large
 arrays. ``unpack`` takes a record of exactly the declared fields and types, or raises ``MessageError``.
 
-Each record, and each chunk of an array, costs Flower a request at the sender and one at the receiver. Steps
-of secure aggregation are small and many, so they travel as a single ConfigRecord.
+Each chunk of an array that does not fit into a parcel costs a request at each end (``wire.parcels``). Steps of
+secure aggregation are small and many, so they travel as a single ConfigRecord.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from fedvision.wire.messages import (
     TrainRequest,
 )
 
-FORMAT = 3
+FORMAT = 4
 INLINE_BYTES = 1 << 18
 """Arrays up to this size travel beside the scalars, in NPY format 1.0 like the others."""
 SEAL_PREFIX = "seal."
