@@ -157,7 +157,7 @@ def test_another_governance_key_is_refused(finished: Path) -> None:
     found = check(finished, ("consortium", other.public))
     assert isinstance(found.failure, VerificationError)
     assert found.failure.rule == "governance"
-    assert [item.status for item in found.checks] == ["failed"] + ["not checked"] * 5
+    assert [item.status for item in found.checks] == ["failed"] + ["not checked"] * 6
     assert found.proves == found.does_not_prove == ()
 
 
@@ -624,7 +624,7 @@ def test_the_result_as_json_says_whether_the_key_was_pinned(finished: Path) -> N
     found = json.loads(out)
     assert status == 0
     assert found["verified"] and found["governance_pinned"]
-    assert found["signatures"] > 0 and len(found["checks"]) == 6
+    assert found["signatures"] > 0 and len(found["checks"]) == 7
 
 
 def test_what_is_not_a_run_exits_with_2(tmp_path: Path) -> None:

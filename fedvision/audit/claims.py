@@ -23,6 +23,7 @@ class Claims:
         not_judged: Rounds whose validation sum was of no use.
         expelled: The "expelled" events.
         test: The content of test.json; None before the final test.
+        is_repaired: Whether the model was changed on the root set after the last round.
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class Claims:
     not_judged: frozenset[int]
     expelled: tuple[Record, ...]
     test: Record | None
+    is_repaired: bool = False
 
     @property
     def last_round(self) -> int:
@@ -103,7 +105,9 @@ def read_claims(folder: Path) -> Claims:
         )
     lost = frozenset(thrown_away - set(rounds))
     blind = frozenset(n for n in not_judged if n in rounds and rounds[n].get("validation") is None)
-    return Claims(folder, job, rounds, lost, blind, tuple(expelled), test)
+    path = folder / "repair.json"
+    repaired = test is not None and path.exists() and bool(read_json(path).get("is_changed"))
+    return Claims(folder, job, rounds, lost, blind, tuple(expelled), test, repaired)
 
 
 def _last_checkpoint(folder: Path) -> int:

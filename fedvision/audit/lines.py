@@ -19,7 +19,7 @@ from fedvision.secagg.identity import is_sound
 
 FORMAT = 1
 KINDS = frozenset({
-    "allow", "charter", "deny", "enrolment", "excluded", "expelled", "finished", "key-change",
+    "allow", "charter", "decision", "deny", "enrolment", "excluded", "expelled", "finished", "key-change",
     "peer-head", "policy", "refused", "released", "revocation", "roster", "round-closed",
     "round-opened", "started", "stopped", "submitted",
 })  # fmt: skip

@@ -47,9 +47,15 @@ class Meaning:
                 "none of these is over the norm bound."
             )
         if self._has_sums:
+            what = "The checkpoint before the repair" if self.claims.is_repaired else "The model"
             lines.append(
-                "The model is, byte for byte, what these sums make of the job's initial weights: nothing was "
+                f"{what} is, byte for byte, what these sums make of the job's initial weights: nothing was "
                 "added, left out or changed on the way."
+            )
+        if charter.rules:
+            lines.append(
+                "Each site that was left out by the rules was left out for the numbers that all sites were "
+                "shown, by the rules of the charter."
             )
         return tuple(lines)
 
@@ -69,6 +75,15 @@ class Meaning:
         lines.append(
             f"That the server added the masked inputs that it received: nothing in the {blind} shows it."
         )
+        if self.claims.is_repaired:
+            lines.append(
+                "What the repair did: the released model was trained on the root set after the last round, "
+                "at the server. repair.json says how it did before and after; that is the server's word."
+            )
+        if self.consortium.charter.rules and self.consortium.charter.level == "gram":
+            lines.append(
+                "That the inner products are right which the rules looked at: only the server saw them."
+            )
         if not self._has_sums:
             lines.append("How the model was made: the sums were not kept (keep_sums = false).")
         if "test" in self.claims.job.secure_aggregation.release:

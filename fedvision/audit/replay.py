@@ -79,6 +79,7 @@ def replay(
     """
     from fedvision_server.aggregate import server_step
     from fedvision_server.jobs import RunState, advance
+    from fedvision_server.round import lower
 
     state = RunState(0, weights)
     best = state
@@ -101,6 +102,7 @@ def replay(
             validation = _judged(claims.job, judged, following)
         headline = task_module(claims.job).HEADLINE
         value = None if validation is None else validation["mean_site"].get(headline)
+        value = lower(value, claims.rounds[number].get("root_score"))
         state = advance(state, following, value)
         best = state if state.best_round == number else best
         _check_round(claims, consortium, sums["train", number], state, decoded, validation)
@@ -205,7 +207,7 @@ def check_files(claims: Claims, layout: Layout, found: Replayed) -> int:
             again.save(found.best)
         if found.last.round:
             again.save(found.last)
-        if claims.is_finished:
+        if claims.is_finished and not claims.is_repaired:
             again.save_model(found.best)
         ours = {path.relative_to(scratch) for path in Path(scratch).rglob("*") if path.is_file()}
         theirs = {Path("checkpoints") / path.name for path in (claims.folder / "checkpoints").glob("[!.]*")}
@@ -216,6 +218,22 @@ def check_files(claims: Claims, layout: Layout, found: Replayed) -> int:
     if claims.is_finished and (claims.test or {}).get("round") != found.best.round:
         raise VerificationError(claims.folder / "test.json", "best-round", "`round` is not the best round")
     return len(ours)
+
+
+def released_weights(claims: Claims, layout: Layout, found: Replayed) -> FloatVector:
+    """Return the weights of the released model: of the best round, or what the repair made of them.
+
+    Raises:
+        VerificationError: The model's file is absent or damaged.
+    """
+    if not claims.is_repaired:
+        return found.best.weights
+    path = claims.folder / "model.safetensors"
+    try:
+        tensors, _ = load_tensors(path)
+        return np.concatenate([np.asarray(tensors[name], np.float32).ravel() for name in layout.shapes])
+    except (StorageError, KeyError, OSError):
+        raise VerificationError(path, "format", "not a whole safetensors file of this network") from None
 
 
 def _same_file(theirs: Path, ours: Path) -> None:

@@ -6,6 +6,7 @@ The checks, each a line of the result:
     sums                 every transcript, and every stored sum against it
     arithmetic           from the initial weights over every sum to the released model
     files                checkpoints and model, byte for byte
+    rules                each judgement on updates, from the numbers that the server measured
     evidence             against sites that were expelled
     sites' folders       what the sites themselves hold, where it lies here
 
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 from fedvision.audit.claims import Claims, read_claims
 from fedvision.audit.evidence import check_evidence
+from fedvision.audit.judgements import check_judgements
 from fedvision.audit.meaning import Meaning
 from fedvision.audit.replay import (
     Replayed,
@@ -26,6 +28,7 @@ from fedvision.audit.replay import (
     check_hidden_test,
     check_initial_weights,
     check_models_named,
+    released_weights,
     replay,
 )
 from fedvision.audit.site_files import check_site_files
@@ -34,7 +37,7 @@ from fedvision.errors import ConfigError, VerificationError
 from fedvision.secagg.identity import fingerprint, parse_public
 from fedvision.secagg.schedule import Consortium
 from fedvision.tasks import initial_network, local_names
-from fedvision.updates.layout import flatten, layout_of, model_digest
+from fedvision.updates.layout import FloatVector, flatten, layout_of, model_digest
 
 Status = Literal["passed", "failed", "not checked"]
 Watch = Callable[[str, int, int], None]
@@ -176,12 +179,14 @@ def verify_run(folder: Path, governance: tuple[str, bytes] | None, watch: Watch)
     summed = checks.run("sums", transcripts, signed)
     has_sums = claims.job.secure_aggregation.keep_sums
     replayed: list[Replayed] = []
+    released: list[FloatVector] = []
     if has_sums:
 
         def arithmetic() -> str:
             check_initial_weights(claims, found[0], weights)
             replayed.append(replay(claims, found[0], sums, weights, watch))
-            check_hidden_test(claims, sums, replayed[0].best.weights)
+            released.append(released_weights(claims, layout, replayed[0]))
+            check_hidden_test(claims, sums, released[0])
             count = claims.last_round - len(claims.thrown_away)
             return (
                 f"{count} {'round' if count == 1 else 'rounds'} done again from the initial weights; "
@@ -191,6 +196,8 @@ def verify_run(folder: Path, governance: tuple[str, bytes] | None, watch: Watch)
         def files() -> str:
             count = check_files(claims, layout, replayed[0])
             what = f"model.safetensors is that of round {replayed[0].best.round}"
+            if claims.is_repaired:
+                what = "model.safetensors was repaired on the root set after the last round, see repair.json"
             return f"{count} files compared byte for byte; {what if claims.is_finished else 'no model yet'}"
 
         stepped = checks.run("arithmetic", arithmetic, summed)
@@ -206,8 +213,9 @@ def verify_run(folder: Path, governance: tuple[str, bytes] | None, watch: Watch)
 
         checks.run("arithmetic", lambda: "", False, "keep_sums = false: only signatures can be checked")
         checks.run("files", named, summed)
+    checks.run("rules", lambda: check_judgements(claims, found[0], sums), summed)
     evidence = _check_evidence(checks, claims, found, signed)
-    best = model_digest(replayed[0].best.weights) if replayed else None
+    best = model_digest(released[0]) if released else None
     sites = _check_sites(checks, claims, found, sums, summed, best)
     num_signatures = (
         2 * signed + sum(item.checked.num_signatures for item in sums.values()) + evidence + sites

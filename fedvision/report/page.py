@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedvision.report.defence import defence_section
 from fedvision.report.figures import FIGURES, save_record_figures
 from fedvision.report.markup import (
     Markup,
@@ -31,6 +32,7 @@ from fedvision.report.notation import (
 from fedvision.report.palette import DARK, LIGHT, render
 from fedvision.report.protection import privacy_section, secure_section
 from fedvision.report.record import MEAN, POOLED, RunRecord, read_run
+from fedvision.report.repair import repair_section
 from fedvision.report.rounds import rounds_table
 from fedvision.report.sections import (
     class_tables,
@@ -86,6 +88,8 @@ def report_html(record: RunRecord) -> str:
         _clipping(record),
         single_cases(record),
         _rounds(record),
+        defence_section(record),
+        repair_section(record),
         secure_section(record),
         privacy_section(record, record.num_parameters()),
         reproduce_section(record),

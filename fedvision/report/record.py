@@ -54,6 +54,7 @@ class RunRecord:
         sums: Its finished sums by purpose and round.
         incidents: Its events "secure", "attempt", "expelled", "weight" and "thrown away" by round, ``TEST``
             for those of the final test.
+        judgements: What the rules of the defence said, by round.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class RunRecord:
     agreement: Agreement | None
     sums: dict[tuple[str, int], SumRecord]
     incidents: dict[int, list[Record]]
+    judgements: dict[int, Record]
 
     @property
     def headline(self) -> str:
@@ -236,7 +238,7 @@ def read_run(folder: Path) -> RunRecord:
         StorageError: A file is damaged.
     """
     events: dict[str, dict[int, dict[str, Record]]] = {
-        name: {} for name in ("train", "validate", "evaluate failed", "round")
+        name: {} for name in ("train", "validate", "evaluate failed", "round", "judgement")
     }
     incidents: dict[int, list[Record]] = {}
     for record in read_lines(folder / "rounds.jsonl"):
@@ -255,6 +257,8 @@ def read_run(folder: Path) -> RunRecord:
     for name, path in folders.items():
         for record in read_lines(path / "log.jsonl"):
             number = int(record["round"])
+            if "judgement" in record:
+                continue
             if "norm_before" in record:
                 clipping[name][number] = record
                 refusals[name].pop(number, None)
@@ -275,6 +279,7 @@ def read_run(folder: Path) -> RunRecord:
         agreement=agreement,
         sums=read_sums(folder, agreement) if agreement else {},
         incidents=incidents,
+        judgements={number: record[""] for number, record in sorted(events["judgement"].items())},
     )
 
 

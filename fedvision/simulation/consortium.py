@@ -39,13 +39,14 @@ def check_size(job: Job, num_sites: int) -> None:
     charter.check_size(job, num_sites, len(job.data.held_out) if job.data else 0)
 
 
-def make_consortium(plan: "Plan", weight_cap: int, folder: Path) -> None:
+def make_consortium(plan: "Plan", weight_cap: int, folder: Path, root_set: str = "") -> None:
     """Make keys, roster and charter of a run, unless they are there.
 
     Args:
         plan: Job and sites.
         weight_cap: Cases from which a site's weight does not grow.
         folder: The run folder.
+        root_set: Digest of the root set; "" without one.
 
     Raises:
         StorageError: A file cannot be written.
@@ -61,7 +62,7 @@ def make_consortium(plan: "Plan", weight_cap: int, folder: Path) -> None:
         Member(number=number, name=name, key=keys[name].public.hex()) for number, name in enumerate(keys, 1)
     )
     roster = Roster(federation=f"simulation-{job.name}"[:64], sites=members, server=server.public.hex())
-    rules = charter.make_charter(job, roster, plan.cohort.train, weight_cap)
+    rules = charter.make_charter(job, roster, plan.cohort.train, weight_cap, root_set)
     write_governance(folder, GOVERNANCE_NAME, governance.public)
     save_signed(home / "roster.json", sign_document(roster, governance))
     save_signed(home / "charter.json", sign_document(rules, governance))

@@ -19,6 +19,7 @@ from fedvision.simulation.one_process import LocalLink
 from fedvision.storage import read_json, read_lines, write_json, write_text
 
 if TYPE_CHECKING:
+    from fedvision.training.root import RootSet
     from fedvision_server.federation import Cohort, Observer
     from fedvision_sites.work import SiteConfig
 
@@ -173,18 +174,33 @@ def run_federation(plan: Plan, folder: Path, observe: "Observer", engine: Engine
     Raises:
         FedvisionError: What went wrong; what was finished is on disk.
     """
-    job = plan.job.public()
+    job, root = plan.job.public(), find_root_set(plan.job)
     keys = None
     if job.aggregation.secure:
-        make_consortium(plan, weight_cap(plan), folder)
+        make_consortium(plan, weight_cap(plan), folder, root.digest if root else "")
         keys = server_keys(folder)
     configs = site_configs(plan, folder)
     if engine == "flower":
-        run_on_flower(job, folder, plan.cohort, configs, observe, plan.parallel, keys)
+        run_on_flower(job, folder, plan.cohort, configs, observe, plan.parallel, keys, root)
     else:
         from fedvision_server.round import run_job
 
-        run_job(job, LocalLink(configs), folder, plan.cohort, observe, keys)
+        run_job(job, LocalLink(configs), folder, plan.cohort, observe, keys, root)
+
+
+def find_root_set(job: Job) -> "RootSet | None":
+    """Return the root set that a job file names, checked; None if it names none or wants none.
+
+    Raises:
+        DataError, ConfigError: It cannot serve, or does not fit the job.
+    """
+    from fedvision.training.root import check_fits, open_root_set
+
+    if job.data is None or job.data.root_set is None or job.defence.root == "off":
+        return None
+    root = open_root_set(job.data.root_set)
+    check_fits(root.manifest, job)
+    return root
 
 
 def weight_cap(plan: Plan) -> int:

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedvision.config import Job
 from fedvision.errors import MessageError, Stopped
+from fedvision.training.root import RootSet
 from fedvision.wire.messages import (
     HelloRequest,
     Refusal,
@@ -110,12 +111,13 @@ def create_app(
     num_nodes: int,
     window: int,
     keys: ServerKeys | None,
+    root: RootSet | None = None,
 ) -> ServerApp:
     """Return the ServerApp that runs ``job`` in ``folder``; see ``round.run_job`` and ``GridLink``."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run_job(job, GridLink(grid, num_nodes, window, stop), folder, cohort, observe, keys)
+        run_job(job, GridLink(grid, num_nodes, window, stop), folder, cohort, observe, keys, root)
 
     return app

@@ -40,10 +40,12 @@ from fedvision.secagg.roster import (
 from fedvision.secagg.schedule import Consortium
 from fedvision.storage import read_json, write_atomic, write_json, write_text
 from fedvision.training.charter import check_size, make_charter
+from fedvision.training.root import check_fits
 from fedvision_server.federation import Cohort
 from fedvision_server.home import ServerHome
 from fedvision_server.job_requests import Wanted
 from fedvision_server.queue import DRAFT, open_queue
+from fedvision_server.root_sets import served_root_set
 from fedvision_server.rosters import governance_key, latest_roster, signed_rosters
 from fedvision_server.secure import ServerKeys
 from fedvision_server.site_records import load_records
@@ -168,14 +170,25 @@ def make_job_folder(
         The folder.
 
     Raises:
-        ConfigError: The model is too small for the job's level, or the key is not governance's.
+        ConfigError: The model is too small for the job's level, the key is not governance's, or the server's
+            root set is of another kind than the job.
+        DataError: A file of the root set changed.
         StorageError: The disk is full, or the folder is there already.
     """
     name, public = _public(home.governance_pub)
     if governance is not None and governance.public != public:
         raise ConfigError(f"the governance key is not that of {home.governance_pub}")
     public_job = job.public()
-    charter = make_charter(public_job, roster, cohort.train, job.secure_aggregation.weight_cap or 1)
+    root = served_root_set(home) if job.defence.root == "auto" else None
+    if root is not None:
+        check_fits(root.manifest, job)
+    charter = make_charter(
+        public_job,
+        roster,
+        cohort.train,
+        job.secure_aggregation.weight_cap or 1,
+        root.digest if root else "",
+    )
     folder = home.jobs / job_id
     try:
         home.jobs.mkdir(mode=0o750, parents=True, exist_ok=True)

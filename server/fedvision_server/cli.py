@@ -10,7 +10,14 @@ import typer
 
 from fedvision.cli import audit_log
 from fedvision.cli.program import paragraphs, run_app, version_option
-from fedvision_server import commands_jobs, commands_run, commands_setup
+from fedvision_server import (
+    commands_audit,
+    commands_defence,
+    commands_jobs,
+    commands_root,
+    commands_run,
+    commands_setup,
+)
 
 HELP = """Coordinate a federation of hospitals: who takes part, which jobs run, and what came of them.
 
@@ -45,7 +52,10 @@ app.command("renew", help=commands_setup.RENEW_HELP)(commands_setup.renew)
 app.command("run", help=paragraphs(commands_run.run))(commands_run.run)
 for command in (commands_jobs.submit, commands_jobs.status, commands_jobs.stop, commands_jobs.logs):
     app.command(command.__name__, help=paragraphs(command))(command)
+app.add_typer(commands_root.app, name="root-set")
+app.command("sites-judged", help=paragraphs(commands_defence.sites_judged))(commands_defence.sites_judged)
 app.add_typer(audit_log.app, name="audit-log")
+app.add_typer(commands_audit.app, name="audit")
 app.callback()(version_option)
 
 

@@ -77,7 +77,7 @@ def submit(
     from fedvision_server.queue import open_queue
 
     queue = open_queue(place)
-    operator = _operator(place, queue, key)
+    operator = operator_of(place, queue, key)
     if again:
         _submit_again(place, queue, operator, what)
     elif charter is not None:
@@ -90,7 +90,7 @@ def _names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
 
 
-def _operator(home: ServerHome, queue: "JobQueue", key: Path | None) -> "Identity":
+def operator_of(home: ServerHome, queue: "JobQueue", key: Path | None) -> "Identity":
     """Return the identity of an operator."""
     from fedvision.secagg import identity
 
@@ -229,7 +229,7 @@ def stop(job_id: JobArgument, key: OperatorKey = None, home: Home = Path()) -> N
 
     place = ServerHome(home)
     queue = open_queue(place)
-    operator = _operator(place, queue, key)
+    operator = operator_of(place, queue, key)
     entry = queue.request_stop(operator, queue.job(job_id).id)
     _log(place, "stopped", job=entry.id, operator=operator.public.hex())
     done = "stopped" if entry.state == "stopped" else "will stop after the message that is under way"

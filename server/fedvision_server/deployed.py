@@ -12,7 +12,6 @@ Rules:
 """
 
 import fcntl
-import functools
 import hashlib
 import logging
 import os
@@ -26,7 +25,7 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedvision.audit.log import AuditLog
 from fedvision.errors import FedvisionError, MessageError, Stopped
@@ -36,17 +35,17 @@ from fedvision.storage import write_json
 from fedvision.wire.envelope import SERVER, Seal, content_digest, open_seal, sealed
 from fedvision.wire.messages import HelloRequest, Refusal, Reply, Request, SecureRequest, TrainRequest
 from fedvision.wire.records import MESSAGE_TYPES, pack, unpack
+from fedvision_server.control import HOME_VARIABLE
 from fedvision_server.federation import Observer
+from fedvision_server.fleet_grid import ParcelGrid
 from fedvision_server.home import Deadlines, ServerHome
 from fedvision_server.site_records import load_records
 
 OPEN_BYTES = 1 << 30
 """Replies with vectors are fetched as many at a time as fit in this."""
 logger = logging.getLogger(__name__)
-HOME_VARIABLE = "FEDVISION_SERVER_HOME"
-"""Flower starts the ServerApp with the environment and a bundle, and nothing else."""
 POLL_S = 0.05
-"""Between two looks for replies; the SuperLink holds each of them for a while (``superlink.Bell``)."""
+"""Between two looks for replies; the SuperLink holds each of them for a while (``fleet_bell``)."""
 LOOK_S = 1.0
 HELLO_S = 30.0
 
@@ -76,7 +75,7 @@ class SiteLink:
     """Sends requests to the sites' workers; see ``federation.Link``.
 
     Args:
-        grid: Flower's.
+        grid: The way to the SuperLink.
         folder: The job's folder; a file ``stop`` in it ends the run.
         roster: Names and keys of the sites.
         node_keys: Flower node keys by the sites' numbers, PEM.
@@ -88,7 +87,7 @@ class SiteLink:
 
     def __init__(
         self,
-        grid: Grid,
+        grid: ParcelGrid,
         folder: Path,
         roster: Roster,
         node_keys: Mapping[int, bytes],
@@ -155,18 +154,9 @@ class SiteLink:
         for request in requests.values():
             if isinstance(request, TrainRequest):
                 self._vector_bytes = max(1, request.weights.nbytes)
-        packed: tuple[Request | None, RecordDict, bytes] = (None, RecordDict(), b"")
         while waiting:
             self._look()
-            for site, item in waiting.items():
-                node, started = self._online.get(site, (0, 0.0))
-                if item.message_id and started > item.sent_at:
-                    item.message_id = ""
-                if node and not item.message_id:
-                    if packed[0] is not item.request:  # most often all sites get the same
-                        record = pack(item.request)
-                        packed = (item.request, record, content_digest(record))
-                    self._send(site, node, item, packed[1], packed[2])
+            self._send(waiting)
             came = False
             for site, reply in self._pull(waiting):
                 came = True
@@ -182,17 +172,33 @@ class SiteLink:
             return min(HELLO_S, self._deadlines.hello_s)  # who is away is asked again, see ``first_meeting``
         return self._deadlines.step_s if isinstance(request, SecureRequest) else self._deadlines.train_s
 
-    def _send(self, site: int, node: int, item: Open, record: RecordDict, digest: bytes) -> None:
+    def _send(self, waiting: Mapping[int, Open]) -> None:
+        """Send the requests that are not on their way to the sites that are there, all at once."""
+        batch: list[tuple[Open, Message]] = []
+        packed: tuple[Request | None, RecordDict, bytes] = (None, RecordDict(), b"")
+        for site, item in waiting.items():
+            node, started = self._online.get(site, (0, 0.0))
+            if item.message_id and started > item.sent_at:
+                item.message_id = ""
+            if node and not item.message_id:
+                if packed[0] is not item.request:  # most often all sites get the same
+                    record = pack(item.request)
+                    packed = (item.request, record, content_digest(record))
+                batch.append((item, self._message(site, node, item, packed[1], packed[2])))
+        if batch:
+            sent = self._grid.push_messages([message for _, message in batch])
+            for (item, _), number in zip(batch, sent, strict=True):
+                item.message_id, item.sent_at = number, time.time()
+
+    def _message(self, site: int, node: int, item: Open, record: RecordDict, digest: bytes) -> Message:
+        """Seal a request for a site, and note what its reply must answer."""
         self._number = max(self._number + 1, time.time_ns())
         head = self._log.head()
         name = self._roster.member(site).name
         seal = Seal(SERVER, name, self._number, "", head.count, head.digest.hex())
+        item.number, item.answers = self._number, seal.digest(digest)
         kind = MESSAGE_TYPES[type(item.request)]
-        message = Message(sealed(record, seal, self._own, digest), dst_node_id=node, message_type=kind)
-        sent = list(self._grid.push_messages([message]))
-        if sent and sent[0]:
-            item.message_id, item.sent_at = sent[0], time.time()
-            item.number, item.answers = self._number, seal.digest(digest)
+        return Message(sealed(record, seal, self._own, digest), dst_node_id=node, message_type=kind)
 
     def _pull(self, waiting: Mapping[int, Open]) -> Iterator[tuple[int, Reply]]:
         sent = {item.message_id: site for site, item in waiting.items() if item.message_id}
@@ -239,9 +245,10 @@ def unix_time(text: str) -> float:
     return datetime.fromisoformat(text).timestamp() if text else 0.0
 
 
-def run_in_folder(grid: Grid, home: ServerHome, job_id: str) -> None:
+def run_in_folder(grid: ParcelGrid, home: ServerHome, job_id: str) -> None:
     """Run a job, from wherever its folder stands, and leave ``outcome.json``."""
     from fedvision_server.chartering import load_job_folder
+    from fedvision_server.root_sets import served_root_set
     from fedvision_server.round import run_job
 
     folder = home.jobs / job_id
@@ -253,7 +260,9 @@ def run_in_folder(grid: Grid, home: ServerHome, job_id: str) -> None:
             log = AuditLog(home.audit, own, SERVER)
             keys, deadlines = node_keys(home, roster), home.settings().deadlines
             link = SiteLink(grid, folder, roster, keys, started.numbers, own, log, deadlines)
-            run_job(started.job, link, folder, started.cohort, noted_in(log, job_id), started.keys)
+            named = started.keys.consortium.charter.root_set
+            root = served_root_set(home, named) if named else None
+            run_job(started.job, link, folder, started.cohort, noted_in(log, job_id), started.keys, root)
             with (folder / "model.safetensors").open("rb") as file:
                 log.append("released", job=job_id, model=hashlib.file_digest(file, "sha256").hexdigest())
         except Stopped as error:
@@ -298,19 +307,13 @@ def node_keys(home: ServerHome, roster: Roster) -> dict[int, bytes]:
     }
 
 
-def fetch_without_long_pauses() -> None:
-    """Have Flower look for parts of a reply that are on their way every second at least, not every ten."""
-    from flwr.superlink.grid import http_grid
-
-    quick = functools.partial(pull_objects, initial_backoff=0.05, backoff_cap=1.0)
-    http_grid.pull_objects = quick
-
-
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the job that the run configuration names."""
-    fetch_without_long_pauses()
-    run_in_folder(grid, ServerHome(Path(os.environ[HOME_VARIABLE])), str(context.run_config["job"]))
+    assert isinstance(grid, HttpGrid)
+    run_in_folder(
+        ParcelGrid(grid), ServerHome(Path(os.environ[HOME_VARIABLE])), str(context.run_config["job"])
+    )

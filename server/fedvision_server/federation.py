@@ -22,7 +22,7 @@ from fedvision.config import Job
 from fedvision.errors import RoundError, StorageError
 from fedvision.secagg.codec import encode
 from fedvision.storage import read_json, write_json
-from fedvision.updates.layout import Layout
+from fedvision.updates.layout import FloatVector, Layout
 from fedvision.wire.messages import (
     EMPTY,
     HelloReply,
@@ -39,6 +39,8 @@ from fedvision_server.secure import SecureServer, ServerKeys
 from fedvision_server.steps import WAITING, is_away
 
 Observer = Callable[[dict[str, Any]], None]
+RootUpdate = Callable[[FloatVector, int], FloatVector]
+"""The root set's clipped update of a round, from global weights and number, see ``training.root``."""
 PAUSE_S = 5.0
 
 
@@ -99,6 +101,8 @@ class Federation:
     sizes: dict[str, HelloReply]
     hello: HelloRequest
     secure: SecureServer | None = None
+    root_update: RootUpdate | None = None
+    root_score: Callable[[FloatVector], float | None] | None = None
 
     def tell(self, event: dict[str, Any]) -> None:
         """Write an event to ``rounds.jsonl`` and show it to whoever watches."""

@@ -5,6 +5,7 @@
     secagg/journal, masked/                            the attempt under way, see ``journal``
     secagg/enrolled.json                               the sites that have everybody's enrolments
     secagg/transcripts/train-0003                      the signed record of a finished sum
+    secagg/judgements/, decisions.json                 what the rules said of each round, see ``defence``
     secagg/sums/train-0003                             the sum, little-endian uint32
     secagg/disputes/0003                               that the sum of a round was disputed
     secagg/evidence/train-0003-1-site-4                a proven lie
@@ -22,6 +23,8 @@ Rules:
 - A sum that was finished is not asked for again.
 """
 
+import functools
+import json
 import logging
 import os
 import time
@@ -32,7 +35,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from fedvision.errors import MessageError, ProtocolError, RoundError, StorageError
+from fedvision.defence.spelling import read_judgement
+from fedvision.errors import DefenceError, MessageError, ProtocolError, RoundError, StorageError
 from fedvision.secagg import schedule
 from fedvision.secagg.attempt import AttemptError, MaskedSum
 from fedvision.secagg.codec import decode, encode
@@ -44,6 +48,7 @@ from fedvision.secagg.server import SumRound
 from fedvision.secagg.transcript import check_transcript, make_transcript
 from fedvision.storage import read_json, write_atomic, write_json
 from fedvision.wire.messages import HelloReply, Refusal, Request, SecureReply, SecureRequest, as_vector
+from fedvision_server.defence import Defence
 from fedvision_server.journal import Journal, Start, VectorStore
 from fedvision_server.steps import Steps, is_away
 
@@ -117,6 +122,7 @@ class SecureServer:
         self._paused: dict[str, int] = self._load("paused.json", {})
         self._enrolled: list[str] = self._load("enrolled.json", [])
         self._lost_rounds = 0
+        self.defence = Defence(self._folder, self.consortium.charter, self.consortium.encoding)
         self._enrolments, self._publics = self._read_enrolments(federation.sizes)
 
     def _load(self, name: str, otherwise: Any) -> Any:
@@ -167,6 +173,7 @@ class SecureServer:
         length: int,
         request: Offered,
         on_ready: Callable[[str], None],
+        root: MaskVector | None = None,
     ) -> SecureSum:
         """Return the sum of the sites' inputs, after as many attempts as it takes.
 
@@ -178,6 +185,7 @@ class SecureServer:
             length: Number of coordinates of an input.
             request: Makes the request that a session starts with, from charter and offer.
             on_ready: Is told each site that has its input.
+            root: The root set's update, see ``defence.root_input``; None where the charter names none.
 
         Raises:
             ThrownAway: The inputs were sketched or unmasked, but there is no sum: another round is needed.
@@ -198,7 +206,7 @@ class SecureServer:
             absent |= self._named(start.absent)
             unexplained, left = start.unexplained, self._named(start.sites)
             try:
-                return self._attempt(start, store, length, request, on_ready)
+                return self._attempt(start, store, length, request, on_ready, root)
             except AttemptError as error:
                 last, begun = str(error), None
                 absent |= self._named(error.absent)
@@ -259,7 +267,8 @@ class SecureServer:
             return None
         self._federation.greet()
         self.spread_enrolments()
-        left = [site for site in sites if site not in self.expelled]
+        decided = self._named(self.defence.expelled(number)) if purpose == "train" else set()
+        left = [site for site in sites if site not in self.expelled and site not in decided]
         present = [site for site in left if site not in absent]
         left = present if len(present) >= self.consortium.quorum else left
         self._note(session, is_lost=False)
@@ -287,6 +296,7 @@ class SecureServer:
         length: int,
         request: Offered,
         on_ready: Callable[[str], None],
+        root: MaskVector | None,
     ) -> SecureSum:
         """Do one attempt, or the rest of it, and act on its evidence.
 
@@ -303,6 +313,8 @@ class SecureServer:
             self.consortium.encoding.norm_bound,
             store,
             len(os.sched_getaffinity(0)),
+            functools.partial(self.defence.select, start.session.round) if self.defence.is_on else None,
+            root,
         )
         steps = Steps(self._federation, self.names, attempt, self._journal, store)
         offered = request(self.consortium.digest.hex(), attempt.offer())
@@ -315,6 +327,10 @@ class SecureServer:
 
         try:
             outcome = steps.run(dict.fromkeys(start.sites, offered), on_ready, begin_dispute)
+        except DefenceError as error:
+            self._note(start.session, is_lost=True)
+            self._journal.remove()
+            self.lose(f"{start.session}: {error}", is_explained=False)
         except AttemptError as error:
             self._expel(start.session, error.evidence)
             if steps.is_spent:
@@ -329,6 +345,7 @@ class SecureServer:
         self._expel(start.session, attempt.evidence)
         self._keep(attempt, outcome)
         self._journal.remove()
+        self._tell_sites(attempt)
         sites = tuple(self.names[site] for site in attempt.inside)
         return SecureSum(outcome.total, sites, attempt.level, time.perf_counter() - steps.woven_at)
 
@@ -339,9 +356,30 @@ class SecureServer:
         return bool(absent)
 
     def _tell_excluded(self, attempt: SumRound) -> None:
-        for site, reason in attempt.excluded.items():
-            event = {"event": attempt.session.purpose, "round": attempt.session.round}
+        found = read_judgement(attempt.judgement)
+        for site, why in attempt.excluded.items():
+            event: dict[str, Any] = {"event": attempt.session.purpose, "round": attempt.session.round}
+            reason = f"{why}: {found[site].reason}" if why == "by the rules" else why
             self._federation.tell({**event, "site": self.names[site], "status": "refused", "reason": reason})
+        for site, one in found.items():
+            if one.standing != self.defence.past(attempt.session.round).of(site).standing:
+                event = {"event": "standing", "round": attempt.session.round, "site": self.names[site]}
+                self._federation.tell({**event, "standing": one.standing, "momentum": one.momentum})
+        if found:
+            judgement = json.loads(attempt.judgement)
+            event = {"event": "judgement", "round": attempt.session.round}
+            self._federation.tell({**event, "names": {str(i): self.names[i] for i in found}, **judgement})
+
+    def _tell_sites(self, attempt: SumRound) -> None:
+        """Tell the sites that were left out why; the others have it from the accepted set."""
+        told = [
+            site for site, why in attempt.excluded.items() if why in ("by the rules", "norm above the bound")
+        ]
+        body, session = as_vector(encode(attempt.said["Accepted"])), attempt.session
+        digest, charter = self._federation.job.digest(), self.consortium.digest.hex()
+        request = SecureRequest(digest, session.round, charter, "told", body)
+        for _ in self._federation.ask({self.names[site]: request for site in told}):
+            pass  # whether it hears is its own affair
 
     def _expel(self, session: Session, evidence: Sequence[Evidence]) -> None:
         for item in evidence:
@@ -366,6 +404,8 @@ class SecureServer:
         """Put a finished sum and its transcript on disk; with the transcript it is finished."""
         name = f"{attempt.session.purpose}-{attempt.session.round:04d}"
         little = np.ascontiguousarray(outcome.total, "<u4")
+        if attempt.measured is not None:
+            self.defence.keep(attempt.session.round, attempt.measured, attempt.judgement)
         write_atomic(self._folder / "sums" / name, little.data.cast("B"))
         write_atomic(self._folder / "transcripts" / name, encode(make_transcript(attempt, outcome)))
 

@@ -8,6 +8,7 @@ The steps themselves are ``fedvision.secagg.site``. Rules:
   been lost on its way, or together with the server. See ``SecureSite.answer``.
 """
 
+import dataclasses
 import functools
 import hashlib
 import re
@@ -17,15 +18,26 @@ from pathlib import Path
 import numpy as np
 
 from fedvision.config import Job
+from fedvision.defence.spelling import read_judgement
 from fedvision.errors import ConfigError, ProtocolError
 from fedvision.secagg import dispute, identity, schedule, site_sketch
 from fedvision.secagg import site as protocol
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.member import SiteMember
-from fedvision.secagg.messages import Documents, Enrolment, EnrolmentRoll, Offer, PairPublic, Session
+from fedvision.secagg.messages import (
+    Accepted,
+    Documents,
+    Enrolment,
+    EnrolmentRoll,
+    Offer,
+    PairPublic,
+    Session,
+)
 from fedvision.secagg.roster import level_for, parse_signed
 from fedvision.secagg.schedule import Consortium, read_server
+from fedvision.storage import append_line
+from fedvision.training.charter import rules_for
 from fedvision.updates.layout import Layout
 from fedvision.wire.messages import SecureReply, SecureRequest, as_vector
 from fedvision_sites.vault import EnrolmentFile, SessionFile, Vault, pin_job
@@ -140,6 +152,14 @@ def check_charter(consortium: Consortium, job: Job, layout: Layout) -> None:
     ):
         if theirs != ours:
             raise ProtocolError(f"charter-{field_name}", f"{field_name} of the charter is not the job's")
+    try:
+        rules = rules_for(job, level, len(charter.sites), bool(charter.root_set))
+    except ConfigError:
+        raise ProtocolError("charter-rules", "the job's rules need what the charter does not have") from None
+    if charter.rules != rules or charter.max_malicious != job.defence.max_malicious:
+        raise ProtocolError("charter-rules", "the rules of the charter are not the job's")
+    if charter.root_set and job.defence.root == "off":
+        raise ProtocolError("charter-root_set", "the charter names a root set, the job wants none")
     cap = job.secure_aggregation.weight_cap
     if job.aggregation.weighting == "uniform":
         cap = 1
@@ -171,6 +191,7 @@ class SecureSite:
         self._config = config
         self._name = name
         self._threads = threads
+        self._log = state / "log.jsonl"
         self._vault = Vault(state, config.guard, digest)
         found = self._vault.enrolment()
         if found is None:
@@ -269,6 +290,9 @@ class SecureSite:
             if state.phase == "masked":
                 masked = protocol.mask_again(member, state, self._input(state), self._threads)
             return self._reply(request, last.answer, masked)
+        if step == "told":
+            self._note(protocol.hear(member, state, body), state.session)
+            return self._reply(request, b"", NOTHING)
         if step == "mask":
             marks, state, answer, vector = protocol.mask(
                 member, marks, state, body, self._input(state), self._threads
@@ -292,7 +316,18 @@ class SecureSite:
         else:
             raise ProtocolError("phase", f"no such step after {state.phase}")
         self._vault.save(marks, SessionFile(state, asked, answer))
+        if step == "accept":
+            self._note(read_server(self.consortium, body, Accepted), state.session)
         return self._reply(request, answer, masked)
+
+    def _note(self, accepted: Accepted, session: Session) -> None:
+        """Write into the site's own log what the rules found about it."""
+        number = self._enrolment.number
+        reason = next((item.reason for item in accepted.excluded if item.site == number), "")
+        found = read_judgement(accepted.judgement).get(number)
+        if reason or found:
+            told = dataclasses.asdict(found) if found else None
+            append_line(self._log, {"round": session.round, "left_out": reason, "judgement": told})
 
     def _reply(self, request: SecureRequest, answer: bytes, masked: MaskVector) -> SecureReply:
         body = as_vector(answer)

@@ -24,6 +24,7 @@ from fedvision.errors import ConfigError, DataError, FedvisionError, MessageErro
 from fedvision.secagg.codec import decode
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.messages import Documents, Purpose
+from fedvision.secagg.schedule import Consortium
 from fedvision.storage import append_line, write_text
 from fedvision.tasks import CaseResult, task_module
 from fedvision.training.evaluation import evaluate
@@ -259,10 +260,21 @@ class Site:
 
         def make() -> MaskVector:
             released, result = self._train_locally(request, prepared, cases)
-            key = (self.config.name, request.round)
-            return encode_update(released, len(cases), result.loss, job, site.consortium, key)
+            return self._encode(released, len(cases), result.loss, job, site.consortium, request.round)
 
         return self._get_ready(request, site, "train", make)
+
+    def _encode(
+        self,
+        released: ReleasedUpdate,
+        num_cases: int,
+        loss: float,
+        job: Job,
+        consortium: Consortium,
+        number: int,
+    ) -> MaskVector:
+        """Return the input of a training sum, to be masked."""
+        return encode_update(released, num_cases, loss, job, consortium, (self.config.name, number))
 
     def _get_ready(
         self,
