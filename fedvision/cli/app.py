@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from fedvision.cli import compare, data, init, keys, simulate, verify
+from fedvision.cli import attack, compare, data, init, keys, simulate, verify
 from fedvision.cli.program import paragraphs, run_app, version_option
 
 HELP = """Federated learning for medical imaging: simulate a federation of hospitals on this machine.
@@ -21,6 +21,7 @@ Start with [bold]fedvision simulate --demo[/], which needs no data. With your ow
   [bold]fedvision init[/]          write a commented job file
   [bold]fedvision simulate[/]      run the federation; ends with a report
   [bold]fedvision compare[/]       local-only, pooled and federated training side by side
+  [bold]fedvision attack[/]        let malicious sites in and measure what they do, and what the defence does
   [bold]fedvision verify[/]        check the signatures and the arithmetic of a finished run again
   [bold]fedvision keys[/]          identities, and the signed list of who takes part
 """
@@ -40,6 +41,7 @@ app.command("init")(init.init)
 app.command("simulate", help=paragraphs(simulate.simulate), epilog=simulate.EPILOG)(simulate.simulate)
 app.command("report", help=paragraphs(simulate.report))(simulate.report)
 app.command("compare", help=paragraphs(compare.compare))(compare.compare)
+app.command("attack", help=paragraphs(attack.attack), epilog=attack.EPILOG)(attack.attack)
 app.command("verify", help=paragraphs(verify.verify), epilog=verify.EPILOG)(verify.verify)
 app.callback()(version_option)
 

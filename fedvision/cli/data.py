@@ -1,5 +1,6 @@
 """``fedvision data``: make, check and look at the sites' data sets."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedvision.config import load_job
-from fedvision.data.manifest import FILE_NAME, Manifest, find_manifests, load_manifest
+from fedvision.data.manifest import FILE_NAME, SPLITS, Manifest, find_manifests, load_manifest
 from fedvision.errors import ConfigError, DataError
 
 app = typer.Typer(
@@ -63,6 +64,20 @@ boxes without area, a patient or an image in two splits.
 Odd: tiny sites, constant images, empty masks, unusual voxel sizes.
 """
 
+SPLIT_HELP = """Make more sites out of those below ROOT, to try a federation that is larger than the data.
+
+Each site's patients are dealt to parts; a patient keeps the split that they are in.
+Sites get parts in proportion to their patients; a site that only tests stays whole.
+OUT/sites is the new data.root. With --root-set, OUT/root-set holds patients at no site.
+"""
+
+SPLIT_EPILOG = """[bold]Examples[/]
+
+[dim]fedvision data split data/nuclei --sites 10 --out data/nuclei-10[/]
+
+[dim]fedvision data split data/nuclei --sites 10 --root-set 20 --out data/nuclei-10[/]
+"""
+
 SHOWN_FINDINGS = 60
 
 Root = Annotated[
@@ -80,6 +95,18 @@ def sites_at(root: Path) -> dict[str, Manifest]:
         manifest = load_manifest(root)
         return {manifest.site: manifest}
     return find_manifests(root)
+
+
+def _print_sizes(manifests: Sequence[Manifest]) -> None:
+    """Print how many cases and patients each site has."""
+    table = Table("site", box=None, pad_edge=False)
+    for column in ("cases", "patients", "train", "val", "test"):
+        table.add_column(column, justify="right")
+    for manifest in manifests:
+        counts = [str(len(manifest.in_split(split))) for split in SPLITS]
+        patients = len({case.patient for case in manifest.cases})
+        table.add_row(manifest.site, str(len(manifest.cases)), str(patients), *counts)
+    Console(highlight=False).print(table)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -191,17 +218,41 @@ def import_(
     messages = Console(stderr=True, highlight=False, soft_wrap=True)
     for note in imported.notes:
         messages.print(f"note: {note}", markup=False)
-    table = Table("site", box=None, pad_edge=False)
-    for column in ("cases", "patients", "train", "val", "test"):
-        table.add_column(column, justify="right")
-    for manifest in imported.manifests:
-        counts = [str(len(manifest.in_split(split))) for split in ("train", "val", "test")]
-        patients = len({case.patient for case in manifest.cases})
-        table.add_row(manifest.site, str(len(manifest.cases)), str(patients), *counts)
-    Console(highlight=False).print(table)
+    _print_sizes(imported.manifests)
     first = imported.manifests[0]
     typer.echo(f"{first.task}, {first.spatial_dims}D, classes: {', '.join(first.classes)}")
     messages.print(f"next: fedvision data check {out}", markup=False)
+
+
+@app.command("split", help=SPLIT_HELP, epilog=SPLIT_EPILOG)
+def split(
+    root: Root,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Absent or empty; the data sets go there.")],
+    sites: Annotated[int, typer.Option(metavar="N", min=1, help="Sites that train afterwards.")] = 10,
+    root_set: Annotated[
+        int,
+        typer.Option(
+            "--root-set", metavar="N", min=0, help="First take N training patients off, for a root set."
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed deals otherwise.")] = 0,
+) -> None:
+    from fedvision.data.checks import check_sites
+    from fedvision.data.splitting import divide, write_division
+
+    found = divide(list(sites_at(root).values()), sites, root_set, seed)
+    paths = write_division(found, out)
+    written = {path.parent.name: load_manifest(path.parent) for path in paths}
+    _print_sizes(list(written.values()))
+    errors = [one for one in check_sites(written) if one.level == "error"]
+    if errors:
+        raise DataError(
+            f"{errors[0].site}: {errors[0].case} {errors[0].text}", f"`fedvision data check {root}` lists all"
+        )
+    messages = Console(stderr=True, highlight=False, soft_wrap=True)
+    messages.print(f"data.root: {out / 'sites'}", markup=False)
+    if found.root_set is not None:
+        messages.print(f"data.root_set: {out / 'root-set'}", markup=False)
 
 
 @app.command("check", help=CHECK_HELP)
