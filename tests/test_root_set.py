@@ -13,8 +13,7 @@ from fedvision.tasks import initial_network, local_names
 from fedvision.training.root import LEAST_CASES, open_root_set, root_update
 from fedvision.updates.clipping import l2_norm
 from fedvision.updates.layout import FloatVector, flatten, layout_of
-from fedvision_server.cli import app, main
-from fedvision_server.commands_root import app as root_app
+from fedvision_server.cli import main
 from fedvision_server.home import ServerHome
 from fedvision_server.root_sets import load_root_record, served_root_set
 from tests.conftest import tiny_content, write_site
@@ -216,8 +215,6 @@ def test_a_root_set_for_another_job_is_refused(folder: Path) -> None:
 @pytest.fixture
 def home(tmp_path: Path) -> ServerHome:
     """Return a coordinator's folder without sites."""
-    if not any(group.name == "root-set" for group in app.registered_groups):
-        app.add_typer(root_app, name="root-set")
     place = tmp_path / "server"
     assert main(["init", str(place), "--name", "liver-ct", "--address", "127.0.0.1:9443"]) == 0
     return ServerHome(place)

@@ -5,9 +5,9 @@ their sketches, and from the Gram matrix of sketches that nobody has seen. Units
 update at the bound has 1 on the diagonal.
 
 What a secure sum holds beside the update. A site's input ends with its weight, the constant 1/2 clip norm,
-and with its loss, 1/16 at most. ``tail`` takes the constant's square off every inner product. The sketch also
-mixes a little of every update with the constant: a term ``a_i + a_j`` in the inner product of i and j. It
-leaves distances and the centred Gram matrix untouched, so the rules use these wherever they can.
+and with its loss, 1/16 at most. At level ``gram`` these have buckets of their own in the sketch, so the
+constant's square is in every inner product and nothing else of it: ``tail`` takes it off. At level
+``sketch`` they are projected out before the inner products are made, and there is no tail.
 
 Where the weights differ from site to site (``weighting = "samples"``) and are hidden, ``tail`` is None: rows
 are brought to the same length before anything else, which takes the weights out.
@@ -40,7 +40,6 @@ class Geometry:
         root_norm: Norm of the root set's update, in clip norms; 0 without.
         spread: Standard deviation of the inner product of the sketches of two orthogonal unit vectors; 0 for
             updates in the clear.
-        constant: Norm of the constant part that every sketched input had beside the update, in clip norms.
     """
 
     sites: tuple[int, ...]
@@ -48,7 +47,6 @@ class Geometry:
     root: Matrix | None = None
     root_norm: float = 0.0
     spread: float = 0.0
-    constant: float = 0.0
 
     def __post_init__(self) -> None:
         size = len(self.sites)
@@ -78,11 +76,8 @@ class Geometry:
         return distances
 
     def error(self, norm: float, other: float) -> float:
-        """Return the standard deviation of an inner product of two updates with these norms.
-
-        The sketch's own error, and what it mixes in of the constant part; see the module's docstring.
-        """
-        return self.spread * math.sqrt((norm * other) ** 2 + self.constant**2 * (norm**2 + other**2))
+        """Return the standard deviation of an inner product of two updates with these norms."""
+        return self.spread * norm * other
 
     def root_cosines(self) -> Matrix:
         """Shape (n,), -1..1: the cosine of each update with the root set's; 0 for a zero update.
@@ -105,7 +100,6 @@ class Geometry:
             None if self.root is None else self.root[index],
             self.root_norm,
             self.spread,
-            self.constant,
         )
 
 
@@ -166,7 +160,6 @@ def from_sketches(
     sketches: NDArray[np.floating],
     tail: float | None = 0.0,
     root: NDArray[np.floating] | None = None,
-    root_tail: float = 0.0,
 ) -> Geometry:
     """Return the geometry of updates from their sketches.
 
@@ -175,7 +168,6 @@ def from_sketches(
         sketches: Shape (n, 2048), in clip norms.
         tail: See ``from_gram``.
         root: Sketch of the root set's update without weight and loss, shape (2048,), in clip norms.
-        root_tail: Estimated inner product of ``root`` with the constant tail, which the server knows.
 
     Raises:
         DefenceError: An entry is not finite.
@@ -186,7 +178,7 @@ def from_sketches(
         if root is None:
             return from_gram(sites, gram, tail=tail)
         row = np.asarray(root, np.float64)
-        products = rows @ row / TABLES - root_tail
+        products = rows @ row / TABLES
         return from_gram(
             sites, gram, tail=tail, root=products, root_norm=math.sqrt(float(row @ row) / TABLES)
         )
@@ -219,7 +211,7 @@ def from_gram(
     products = None if root is None else np.asarray(root, np.float64)
     numbers = tuple(int(site) for site in sites)
     if tail is not None:
-        return Geometry(numbers, whole - tail, products, root_norm, SPREAD, math.sqrt(tail))
+        return Geometry(numbers, whole - tail, products, root_norm, SPREAD)
     _refuse_not_finite(whole, numbers)
     lengths = np.sqrt(np.maximum(np.diag(whole), 0.0))
     if not (lengths > 0).all():
@@ -227,4 +219,4 @@ def from_gram(
         raise DefenceError(f"the input of site {site} is zero, without even a weight")
     scaled = whole / np.outer(lengths, lengths)
     products = None if products is None else products / lengths
-    return Geometry(numbers, scaled, products, root_norm, SPREAD, 1.0)
+    return Geometry(numbers, scaled, products, root_norm, SPREAD)

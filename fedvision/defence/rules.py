@@ -152,10 +152,7 @@ def centre_cosines(geometry: Geometry, partners: int = 0) -> tuple[Matrix, Matri
     np.put_along_axis(weights, left_out, 0.0, axis=1)
     lengths = np.sqrt(np.maximum(((weights @ geometry.gram) * weights).sum(axis=1), 0.0))
     found = cosines((weights * geometry.gram).sum(axis=1), lengths * norms)
-    # The constant part of every summand is in the sum.
-    safe = np.where((lengths > 0) & (norms > 0), lengths * norms, np.inf)
-    mixed = np.hypot(lengths, norms * weights.sum(axis=1)) / safe
-    return found, np.minimum(geometry.spread * np.hypot(1.0, geometry.constant * mixed), 1.0)
+    return found, np.where((lengths > 0) & (norms > 0), geometry.spread, 0.0)
 
 
 def opposition(geometry: Geometry, max_malicious: float) -> Finding:

@@ -3,8 +3,8 @@
 A message becomes one ConfigRecord with its scalars and small arrays, and one ArrayRecord with its large
 arrays. ``unpack`` takes a record of exactly the declared fields and types, or raises ``MessageError``.
 
-Each chunk of an array that does not fit into a parcel costs a request at each end (``wire.parcels``). Steps of
-secure aggregation are small and many, so they travel as a single ConfigRecord.
+Each chunk of an array that does not fit into a parcel costs a request at each end (see ``wire.parcels``).
+Steps of secure aggregation are small and many, so they travel as a single ConfigRecord.
 """
 
 import dataclasses

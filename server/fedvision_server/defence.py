@@ -10,7 +10,6 @@ Rules:
 - The root set's update judges directions. It is never added to a sum.
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -156,10 +155,9 @@ def geometry_of(measured: Measured, encoding: Encoding, has_tail: bool) -> Geome
     elif has_tail:
         tail = None
     root = None if measured.root is None else measured.root * unit
-    found = from_gram(
+    return from_gram(
         measured.sites, measured.gram, unit, tail, root, float(np.sqrt(measured.root_square * unit))
     )
-    return dataclasses.replace(found, constant=0.0)  # no sketch mixes the weight with an update
 
 
 def root_input(update: NDArray[np.float32], encoding: Encoding) -> MaskVector:

@@ -16,6 +16,9 @@ import tomllib
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
 
 from fedvision import __version__
 from fedvision.audit.log import AuditLog
@@ -47,6 +50,7 @@ OWN = frozenset({"site.toml", "keys", "tls", "trust", "guard", "request.json"})
 class RosterMark(Section):
     """The newest roster that the site has seen."""
 
+    format: Literal[1] = Field(1, description="version of this file format")
     serial: int
     digest: Hex32
 
@@ -311,7 +315,7 @@ def _take_roster(home: SiteHome, roster: Roster, content: bytes) -> None:
         return
     _log(home).append("roster", serial=roster.serial, digest=digest, num_sites=len(roster.sites))
     private_folder(home.guard)
-    write_json(home.roster_mark, {"serial": roster.serial, "digest": digest}, 0o600)
+    write_json(home.roster_mark, {"format": 1, "serial": roster.serial, "digest": digest}, 0o600)
     write_text(home.server_pub, public_line("server", bytes.fromhex(roster.server)) + "\n")
     write_atomic(home.trust_roster, content)
 

@@ -73,7 +73,7 @@ class Worker:
         self._server, self._governance = public_key(home.server_pub), public_key(home.governance)
         self._desk = Desk(home, self._governance, log.append)
         self._number_file = home.guard / "last-request.json"
-        self._number = int(read_json(self._number_file)["number"]) if self._number_file.exists() else 0
+        self._number = read_number(self._number_file)
         self._site: tuple[str, Site] | None = None
         self._server_head = ""
         self._refused_at = -QUIET_S
@@ -206,6 +206,21 @@ def resampling_seed(path: Path) -> int:
     if not path.exists():
         write_json(path, int.from_bytes(os.urandom(6), "big"), 0o600)
     return int(read_json(path))
+
+
+def read_number(path: Path) -> int:
+    """Return the number of the last request that was answered, 0 before the first.
+
+    Raises:
+        StorageError: The file is damaged, or of a newer version.
+    """
+    if not path.exists():
+        return 0
+    found = read_json(path)
+    number = found.get("number") if isinstance(found, dict) and found.get("format") == 1 else None
+    if type(number) is not int or number < 0:
+        raise StorageError(f"{path} is damaged, or of another version", "this is what keeps old requests out")
+    return number
 
 
 def serve(

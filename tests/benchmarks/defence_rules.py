@@ -38,7 +38,7 @@ from fedvision.defence.rules import classic_weights, num_attackers
 from fedvision.secagg.encoding import Encoding
 from fedvision.secagg.gram import UNITS, round_sketch
 from fedvision.secagg.masking import add_masks
-from fedvision.secagg.sketch import centred, sketch
+from fedvision.secagg.sketch import TAIL, centred, sketch
 from fedvision.tasks import initial_network, task_module
 from fedvision.training.loop import train
 from fedvision.updates.clipping import clip_l2
@@ -170,7 +170,7 @@ def sketched(vectors: Vectors, encoding: Encoding, number: int) -> Vectors:
     keys = [bytes([number, row]) * 16 for row in range(len(vectors))]
     return np.stack(
         [
-            sketch(encoding.encode(vector.astype(np.float32), 1, [0.3], key), beta)
+            sketch(encoding.encode(vector.astype(np.float32), 1, [0.3], key), beta, TAIL)
             for vector, key in zip(vectors, keys, strict=True)
         ]
     )
@@ -195,15 +195,12 @@ def geometries(
     beta, scale = bytes([number]) * 32, encoding.scale
     row = np.zeros(encoding.length, np.int32)
     row[: encoding.size] = np.rint(root.astype(np.float64) * (scale / encoding.clip_norm))
-    constant = np.zeros(encoding.length, np.uint32)
-    constant[-1] = scale // 2
-    line = centred(sketch(row.view(np.uint32), beta)).astype(np.float64) / scale
-    tail = float(line @ centred(sketch(constant, beta)).astype(np.float64)) / scale / 4
+    line = centred(sketch(row.view(np.uint32), beta, TAIL)).astype(np.float64) / scale
     norm = float(np.linalg.norm(line)) / 2
     return {
         "vectors": full,
-        "sketches": from_sketches(sites, clear, 0.25, line, tail),
-        "gram": from_gram(sites, rounded @ rounded.T, unit, 0.25, clear @ line / 4 - tail, norm),
+        "sketches": from_sketches(sites, clear, 0.25, line),
+        "gram": from_gram(sites, rounded @ rounded.T, unit, 0.25, clear @ line / 4, norm),
     }
 
 
