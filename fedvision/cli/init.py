@@ -25,6 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "detection": {"name": "RetinaNet", "args": {"backbone": "light"}},
 }
 EXAMPLES: dict[str, Any] = {
+    "data.root_set": "root-set",
     "preprocessing.window": [-160.0, 240.0],
     "preprocessing.transform": "my_transforms:prepare",
     "training.epochs": 1.0,
