@@ -238,7 +238,13 @@ def test_a_job_file_survives_every_kind_of_value() -> None:
         "training": {"steps": 1, "patch_size": [8, 8], "weight_decay": 1e-12},
         "aggregation": {"clip_norm": 1.0},
     }
-    names = ("preprocessing.window", "preprocessing.spacing_mm", "preprocessing.transform", "data.root")
+    names = (
+        "preprocessing.window",
+        "preprocessing.spacing_mm",
+        "preprocessing.transform",
+        "data.root",
+        "data.root_set",
+    )
     more = ("training.epochs", "training.gradient_clip", "secure_aggregation.weight_cap")
     examples = dict.fromkeys((*names, *more), 1.0)
     parsed = tomllib.loads(commented_job(content, examples))
