@@ -120,6 +120,14 @@ class Progress:
             self._num_tested += 1
         elif kind in ("secure", "attempt", "expelled", "thrown away"):
             return self._take_incident(event)
+        elif kind == "standing":
+            self._note = f"{site} is now {event.get('standing', '')} for what its updates look like"
+        elif kind == "repair":
+            self._note = "looking for triggers in the model, on the root set: a minute or more"
+            return self._note
+        elif kind == "repaired":
+            self._note = str(event.get("text", ""))
+            return f"repair: {printable(self._note)}"
         elif kind in ("note", "weight"):
             self._note = str(event.get("text") or event.get("reason", ""))
         return ""

@@ -20,8 +20,8 @@ from fedvision_server.queue import Entry, JobQueue
 
 Event = dict[str, Any]
 POLL_S = 0.5
-IN_ROUND_LINE = ("round", "thrown away", "train")
-"""Events that the line of the round tells."""
+IN_ROUND_LINE = ("round", "thrown away", "train", "judgement")
+"""Events that the line of the round tells, or the report."""
 
 
 def print_log(home: ServerHome, queue: JobQueue, entry: Entry, follow: bool, console: Console) -> None:

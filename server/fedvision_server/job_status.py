@@ -275,6 +275,10 @@ def event_text(event: Event) -> str:
         return f"{where}{site} judged the model"
     if kind == "waiting" and isinstance(event.get("sites"), list):
         return f"{where}waiting for {listed([plain(site) for site in event['sites']])}"
+    if kind == "standing":
+        return f"{where}{site} is now {plain(event.get('standing', ''))} for what its updates look like"
+    if kind == "repaired":
+        return f"the model after the last round: {plain(event.get('text', ''))}"
     words = [word for word in (site, kind, plain(event.get("status", ""))) if word]
     return f"{where}{' '.join(words)}{why}"
 
