@@ -28,7 +28,7 @@ from fedvision.repair.stamping import (
     window_of,
 )
 from fedvision.repair.trigger import Wanted, intensity_range, search, success
-from fedvision.repair.validation import RoundScore, choose, judge_on_root, misfit, worst_site
+from fedvision.repair.validation import RoundScore, choose, judge_on_root, misfit
 from fedvision.report.page import write_report
 from fedvision.report.record import read_run
 from fedvision.report.repair import repair_section
@@ -400,11 +400,6 @@ def test_the_last_good_round_is_chosen(states: list[RoundScore], chosen: int, wo
     choice = choose(states)
     assert choice.round == chosen
     assert words in choice.text
-
-
-def test_the_worst_site_is_known_only_from_what_was_released() -> None:
-    assert worst_site({"a": {"dice": 0.8}, "b": {"dice": 0.6}, "c": {"dice": math.nan}}, "dice") == ("b", 0.6)
-    assert worst_site({}, "dice") is None
 
 
 def test_labels_that_do_not_fit_are_found_by_the_score() -> None:

@@ -91,15 +91,6 @@ class Judgement:
         """Numbers of the sites that are in the sum, in order."""
         return tuple(sorted(site.site for site in self.sites if not site.is_excluded))
 
-    @property
-    def typical_norm(self) -> float:
-        """Median norm of the accepted updates, in clip norms.
-
-        The mean of updates that went their own ways is shorter. A longer one is the work of one or a few
-        that had to be accepted, and may be cut to this length.
-        """
-        return rounded(np.median([site.norm for site in self.sites if not site.is_excluded]))
-
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads: plain objects, same judgement, same text."""
         return {

@@ -8,7 +8,7 @@ Rules:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,20 +109,6 @@ def choose(states: Sequence[RoundScore], collapse: float = COLLAPSE) -> Choice:
     if fallen:
         return Choice(good, f"back to round {good}: {fallen}")
     return Choice(good, f"round {good} is kept; no score collapsed")
-
-
-def worst_site(released: Mapping[str, Mapping[str, float]], headline: str) -> tuple[str, float] | None:
-    """Return the site with the lowest headline among those that released results of their own.
-
-    None where nobody did, as under secure aggregation without ``release = ["test"]``: then the worst site is
-    not known to anybody, and the root set alone stands for it.
-    """
-    values = [
-        (value, site)
-        for site, metrics in released.items()
-        if isinstance(value := metrics.get(headline), int | float) and math.isfinite(value)
-    ]
-    return (min(values)[1], float(min(values)[0])) if values else None
 
 
 def misfit(root: float, sites: float | None) -> str:
