@@ -54,7 +54,9 @@ def scores(record: RunRecord) -> dict[str, dict[int, Record]]:
                 *zip(one["scores"], judgement["limits"], strict=False),
                 *zip(one["means"], judgement["mean_limits"], strict=False),
             ]
+            is_held = not any(is_number(score) for score in one["scores"])  # in quarantine: not judged
             parts = [score / limit for score, limit in pairs if is_number(score) and is_number(limit)]
+            parts = [] if is_held else parts
             found.setdefault(name, {})[number] = {**one, "badness": max(parts) if parts else None}
     return dict(sorted(found.items()))
 
