@@ -139,21 +139,11 @@ def with_options(job: Job, root_set: Path | None, max_malicious: float | None) -
 
 def _run(job: Job, cells: Sequence["Cell"], folder: Path, parallel: int) -> dict[str, Any]:
     """Run the cells with a bar, and a line for each that is finished."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from fedvision.data.progress import progress_bar
     from fedvision.report.attack_matrix import cell_line
     from fedvision.simulation.matrix import run_matrix
 
-    console = Console(stderr=True, highlight=False)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("cells", total=len(cells))
 
         def on_cell(cell: "Cell", outcome: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedvision.config import Name, PositiveInt
+from fedvision.config import Job, Name, PositiveInt
 from fedvision.errors import DataError
 from fedvision.storage import write_text
 
@@ -194,3 +194,19 @@ def pool_manifests(site: str, manifests: list[Manifest]) -> Manifest:
         for case in m.cases
     )
     return first.model_copy(update={"site": site, "cases": cases})
+
+
+def difference(manifest: Manifest, job: Job) -> tuple[str, object, object] | None:
+    """Return what a data set and a job disagree about: the name of a field, the set's value, the job's.
+
+    Returns:
+        The first of task, dimensions and classes that differs; None where all agree.
+    """
+    for name, ours, theirs in (
+        ("task", manifest.task, job.task.kind),
+        ("spatial_dims", manifest.spatial_dims, job.task.spatial_dims),
+        ("classes", list(manifest.classes), list(job.task.classes)),
+    ):
+        if ours != theirs:
+            return name, ours, theirs
+    return None

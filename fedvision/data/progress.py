@@ -1,7 +1,10 @@
 """A progress bar for work over many files: on stderr, and only where a person is looking."""
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -14,11 +17,17 @@ def tracked(items: Iterable[T], what: str, total: int) -> Iterator[T]:
         what: A few words in front of the bar.
         total: How many there are.
     """
+    with progress_bar() as progress:
+        yield from progress.track(items, total=total, description=what)
+
+
+def progress_bar() -> "Progress":
+    """Return a bar on stderr that counts, with the time that is left; silent away from a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    with Progress(
+    console = Console(stderr=True, highlight=False)
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -26,5 +35,4 @@ def tracked(items: Iterable[T], what: str, total: int) -> Iterator[T]:
         console=console,
         transient=True,
         disable=not console.is_terminal,
-    ) as progress:
-        yield from progress.track(items, total=total, description=what)
+    )

@@ -23,7 +23,7 @@ from torch import nn
 from fedvision.config import Job
 from fedvision.data.checks import check_site
 from fedvision.data.facts import CaseFacts, gather_facts
-from fedvision.data.manifest import Case, Manifest, load_manifest
+from fedvision.data.manifest import Case, Manifest, difference, load_manifest
 from fedvision.data.readers import CaseStore, Sample
 from fedvision.data.wrong_labels import WRONG_LABELS
 from fedvision.errors import ConfigError, DataError, TrainingError
@@ -197,16 +197,13 @@ def check_fits(manifest: Manifest, job: Job) -> None:
     Raises:
         ConfigError: Task, dimensions or classes differ.
     """
-    for name, ours, theirs in (
-        ("task", manifest.task, job.task.kind),
-        ("spatial_dims", manifest.spatial_dims, job.task.spatial_dims),
-        ("classes", list(manifest.classes), list(job.task.classes)),
-    ):
-        if ours != theirs:
-            raise ConfigError(
-                f"the root set does not fit the job: {name} is {ours} in its manifest, {theirs} in the job",
-                'write defence.root = "off" to train without it',
-            )
+    found = difference(manifest, job)
+    if found is not None:
+        name, ours, theirs = found
+        raise ConfigError(
+            f"the root set does not fit the job: {name} is {ours} in its manifest, {theirs} in the job",
+            'write defence.root = "off" to train without it',
+        )
 
 
 def root_update(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fedvision.config import Job
-from fedvision.data.manifest import Case, Manifest, load_manifest, pool_manifests
+from fedvision.data.manifest import Case, Manifest, difference, load_manifest, pool_manifests
 from fedvision.data.readers import CaseStore, Sample
 from fedvision.errors import ConfigError, DataError, FedvisionError, MessageError, ProtocolError
 from fedvision.secagg.codec import decode
@@ -407,13 +407,10 @@ def check_agrees(manifest: Manifest, job: Job) -> None:
     Raises:
         DataError: Task, dimensions or classes differ.
     """
-    for name, ours, theirs in (
-        ("task", manifest.task, job.task.kind),
-        ("spatial_dims", manifest.spatial_dims, job.task.spatial_dims),
-        ("classes", list(manifest.classes), list(job.task.classes)),
-    ):
-        if ours != theirs:
-            raise DataError(
-                f"site {manifest.site}: {name} is {ours} in the manifest, but {theirs} in the job",
-                f"the [task] section of the job and the manifest must have the same {name}",
-            )
+    found = difference(manifest, job)
+    if found is not None:
+        name, ours, theirs = found
+        raise DataError(
+            f"site {manifest.site}: {name} is {ours} in the manifest, but {theirs} in the job",
+            f"the [task] section of the job and the manifest must have the same {name}",
+        )
