@@ -8,6 +8,7 @@
         with hosts.capture(path):   # a pcap file of all that passes the server's interfaces
             ...
         hosts.bytes_of(hosts.sites[0])       # Traffic(received, sent) of the site's interface
+        hosts.arrived_from(hosts.sites[0])   # bytes that came through at the server
         hosts.sites[0].outside_packets()     # how many packets it tried to send to anywhere else
 
 ``open_hosts`` takes the first way that this machine permits:
@@ -346,6 +347,10 @@ class Hosts:
         numbers = self._spaces[site.name].counters("eth0")
         return Traffic(numbers[0], numbers[8])
 
+    def arrived_from(self, site: Host) -> int:
+        """Return the bytes of a site that came through at the server so far; what a link drops does not count."""
+        return self._spaces["server"].counters(site.name)[0]
+
     def outside_packets(self, host: Host) -> int:
         """See ``Host.outside_packets``."""
         return self._spaces[host.name].counters("outside")[9]
@@ -368,6 +373,9 @@ class Loopback(Hosts):
         raise Unsupported("no capture on the loopback interface")
 
     def bytes_of(self, site: Host) -> Traffic:
+        raise Unsupported("no counters on the loopback interface")
+
+    def arrived_from(self, site: Host) -> int:
         raise Unsupported("no counters on the loopback interface")
 
     def outside_packets(self, host: Host) -> int:
