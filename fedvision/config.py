@@ -176,6 +176,12 @@ class SecureAggregationSection(Section):
         "the sketches are opened; auto: sum below 5 sites, sketch below 10, gram from 10, but sum for "
         "models below 10,000 weights, where the others are refused",
     )
+    max_colluding: Literal["auto"] | Annotated[int, Field(ge=1, le=84)] = Field(
+        "auto",
+        description="m: an update stays hidden from the server together with up to m other sites that help "
+        "it; auto: the most there can be, a third of the sites less one. A smaller m lets a round do without "
+        "more sites: (n - m - 1) / 2 of n, rounded down; a site refuses it unless its policy allows it",
+    )
     smallest_cohort: Annotated[int, Field(ge=3, le=255)] = Field(
         5,
         description="a sum of fewer sites is refused by every site; below 5 a sum says much about each site, "

@@ -348,7 +348,7 @@ class Hosts:
         return Traffic(numbers[0], numbers[8])
 
     def arrived_from(self, site: Host) -> int:
-        """Return the bytes of a site that came through at the server so far; what a link drops does not count."""
+        """Return the bytes of a site that came through at the server so far, without what links drop."""
         return self._spaces["server"].counters(site.name)[0]
 
     def outside_packets(self, host: Host) -> int:

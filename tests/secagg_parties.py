@@ -13,7 +13,7 @@ from fedvision.secagg.attempt import MaskedSum
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.dispute import Trial, open_pair, report
 from fedvision.secagg.messages import Enrolment, PairPublic, Purpose, Session, Signed
-from fedvision.secagg.roster import Charter, Member, Roster, scale_for, threshold_for
+from fedvision.secagg.roster import Charter, Member, Roster, colluding_bound, scale_for, threshold_for
 from fedvision.secagg.schedule import Consortium
 from fedvision.secagg.server import SumRound
 from fedvision.secagg.site_state import Marks, SiteSession
@@ -116,6 +116,7 @@ def gather(
         "size": size,
         "initial_weights": MODEL.hex(),
         "sites": tuple(identities),
+        "max_colluding": colluding_bound(num_sites),
         "threshold": threshold_for(num_sites),
         "smallest_cohort": smallest_cohort,
         "smallest_cohort_waiver": smallest_cohort < 5,

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedvision.config import Job, parse_job
 from fedvision.secagg import identity
-from fedvision.secagg.roster import Charter, Member, Roster, scale_for, threshold_for
+from fedvision.secagg.roster import Charter, Member, Roster, colluding_bound, scale_for, threshold_for
 from fedvision_sites.policy import DataSet
 from tests.conftest import tiny_content
 
@@ -47,6 +47,7 @@ def make_charter(job: Job, roster: Roster, **changes: Any) -> Charter:
         "size": 12_345,
         "initial_weights": "2" * 64,
         "sites": tuple(one.number for one in roster.sites),
+        "max_colluding": colluding_bound(num_sites),
         "threshold": threshold_for(num_sites),
         "smallest_cohort": smallest,
         "smallest_cohort_waiver": smallest < 5,

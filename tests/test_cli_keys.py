@@ -294,6 +294,7 @@ def draft(**changes: Any) -> Roster:
         "size": 1000,
         "initial_weights": "2c" * 32,
         "sites": [1, 2, 3],
+        "max_colluding": 0,
         "threshold": 3,
         "smallest_cohort": 3,
         "smallest_cohort_waiver": True,
@@ -346,7 +347,7 @@ def test_a_signed_charter_verifies_beside_its_roster_only(capsys: Captured) -> N
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"threshold": 2}, "threshold must be 3 (floor(2n/3) + 1, n for 3 and 4) for 3 sites, got 2"),
+        ({"threshold": 2}, "threshold must be 3 (floor((n + m) / 2) + 1, n for 3 and 4) for 3 sites, got 2"),
         ({"scale": 2**30}, "scale must be 357913941 (floor(2^30/n)) for 3 sites"),
         ({"smallest_cohort_waiver": False}, "needs smallest_cohort_waiver = true"),
         ({"treshold": 3}, "unknown key `treshold`\nhint: did you mean `threshold`?"),

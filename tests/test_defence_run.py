@@ -14,8 +14,10 @@ from fedvision.errors import ConfigError, DataError, DefenceError
 from fedvision.report.page import write_report
 from fedvision.secagg.agreement import load_consortium
 from fedvision.secagg.identity import parse_public
+from fedvision.secagg.roster import threshold_for
 from fedvision.simulation.run import make_plan, run_federation, start_run
 from fedvision.storage import read_json, read_lines, write_json
+from fedvision.training.charter import check_left_out, rules_for
 from fedvision_server.defence import Defence
 from fedvision_sites import work
 from fedvision_sites.release import ReleasedUpdate
@@ -134,7 +136,11 @@ def test_no_rule_leaves_nobody_out_and_writes_no_judgement(tmp_path: Path, rever
     [
         ({"defence__rules": ["root_cosine"]}, "there is no root set"),
         ({"defence__rules": ["norm"], "secure_aggregation__level": "sum"}, "needs level"),
-        ({"defence__rules": ["multi_krum"], "defence__max_malicious": 0.45}, "multi_krum needs"),
+        (
+            {"defence__rules": ["norm"], "defence__max_malicious": 0.21},
+            "max_malicious = 0.21 needs a root set",
+        ),
+        ({"secure_aggregation__max_colluding": 2}, "with 5 sites it is 1 at most"),
     ],
 )
 def test_rules_that_cannot_be_used_are_refused_before_anything_runs(
@@ -146,6 +152,16 @@ def test_rules_that_cannot_be_used_are_refused_before_anything_runs(
     }
     with pytest.raises(ConfigError, match=told):
         run_job(tmp_path, 5, **(settings | changes))
+
+
+def test_more_attackers_than_a_rule_or_a_sum_can_do_without_are_refused() -> None:
+    tiny = tiny_content(Path("sites"), aggregation__secure=True, defence__max_malicious=0.45)
+    krum = parse_job(tiny | {"defence": {"rules": ["multi_krum"], "max_malicious": 0.45}}, "tiny")
+    with pytest.raises(ConfigError, match="multi_krum needs 7 sites"):
+        rules_for(krum, "sketch", 5, has_root=True)
+    with pytest.raises(ConfigError, match="is 4 of 10 sites, but a sum can do without 3 only"):
+        check_left_out(krum, 10, threshold_for(10))
+    check_left_out(krum, 10, threshold_for(10, 1))
 
 
 def test_a_root_set_that_is_too_small_is_refused(tmp_path: Path) -> None:

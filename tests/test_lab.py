@@ -143,7 +143,7 @@ def test_a_defence_is_rules_with_or_without_the_root_set(job: Job, tmp_path: Pat
             parse_defence(wrong)
     with pytest.raises(ConfigError, match="needs a root set"):
         cell_job(job, Cell("none", 0.0, "auto/root", 0))
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="no rule 'magic'"):
         cell_job(job, Cell("none", 0.0, "norm+magic", 0))
     assert job.data is not None
     data = job.data.model_copy(update={"root_set": tmp_path})
@@ -288,6 +288,7 @@ def test_the_command_runs_an_attack_and_its_reference(
     assert main(command) == 0
     for wrong in (["--matrix"], ["--malicious", "0.6"], ["--malicious", "many"], ["--attack", "tickle"]):
         assert main([*command, *wrong]) == 2
+    assert main(["attack", str(path), "--attack", "none", "--malicious", "0.5", "--out", str(out)]) == 2
     assert main(["attack", str(path)]) == 2
     assert main(["attack", str(path), "--list"]) == 0
     assert "Baruch et al. 2019" in capsys.readouterr().out

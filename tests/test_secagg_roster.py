@@ -52,6 +52,7 @@ CONTENT: dict[str, Any] = {
     "size": 1000,
     "initial_weights": "2c" * 32,
     "sites": [1, 2, 3, 4, 6],
+    "max_colluding": 1,
     "threshold": 4,
     "rounds": 10,
     "level": "sketch",
@@ -77,7 +78,7 @@ def roster(**changes: Any) -> Roster:
 
 def test_the_formulas_are_those_of_the_specification() -> None:
     assert [threshold_for(n) for n in (3, 4, 5, 6, 7, 9, 10, 100, 200, 255)] == [
-        3, 4, 4, 5, 5, 7, 7, 67, 134, 171,
+        3, 4, 4, 4, 5, 6, 7, 67, 134, 170,
     ]  # fmt: skip
     assert [colluding_bound(n) for n in (3, 4, 6, 7, 9, 10, 200, 255)] == [0, 1, 1, 2, 2, 3, 66, 84]
     for n in range(3, 256):
@@ -88,8 +89,11 @@ def test_the_formulas_are_those_of_the_specification() -> None:
 def test_two_different_accepted_sets_cannot_both_be_opened() -> None:
     # Honest sites sign one set each; the colluding ones sign both.
     for n in range(3, 256):
-        t, m = threshold_for(n), colluding_bound(n)
-        assert 2 * (t - m) > n - m and m < t <= n
+        for m in range(colluding_bound(n) + 1):
+            t = threshold_for(n, m)
+            assert 2 * (t - m) > n - m and m < t <= n
+            assert n <= 4 or 2 * (t - 1 - m) <= n - m  # no smaller t would do
+    assert [threshold_for(10, m) for m in (1, 2, 3)] == [6, 7, 7]
 
 
 @pytest.mark.parametrize("wrong", [-1, 0, 2, 256])
@@ -111,10 +115,10 @@ def test_a_digest_is_the_hash_of_label_and_canonical_json() -> None:
     )
     assert small.digest() == hashlib.sha256(b"fedvision/roster/v1" + text.encode()).digest()
     assert ROSTER.digest().hex() == "c8554e685e0e4ea3920e071a593a8b57f0467c08adc3b74ccebde981c6d52628"
-    assert CHARTER.digest().hex() == "bdf0531c6bf8b94262ebad8aa63d4291bbfe3c653407402fc287c234cf32d75c"
+    assert CHARTER.digest().hex() == "e9693d1bd25ecc54099f6ac9c538983845d6b6d00835fafeb13a64918832f8c2"
     assert sign_document(CHARTER, GOVERNANCE)["signature"] == (
-        "f1fba601e9eb8befc89b9d672c2c0d51f1f99174eb996bc2f94911b04cca3662"
-        "2c569942bb8429968a630410d395c6e101c1f5221aa799c80a1aa51fcfab8307"
+        "666f29a5bcc0aed9486cde2f3599c5ca93718594a60b7308e0b00b763baa4d65"
+        "1b3d300c08367c09e070ab0b270f0568e13187e9d8693127ee66f41adb6c1106"
     )
 
 
@@ -149,7 +153,7 @@ def test_every_field_of_a_charter_is_in_its_digest(key: str, value: Any) -> None
 def test_every_field_has_a_test_above_or_one_value_only() -> None:
     marks = test_every_field_of_a_charter_is_in_its_digest.pytestmark[0].args[1]  # type: ignore[attr-defined]
     fixed = {"format", "noise_multiplier", "norm_slack"}
-    derived = {"threshold", "scale", "smallest_cohort", "rules"}
+    derived = {"max_colluding", "threshold", "scale", "smallest_cohort", "rules"}
     assert {key for key, _ in marks} | fixed | derived == set(Charter.model_fields)
     for key in fixed:
         assert f'"{key}"' in documents.canonical_json(CHARTER).decode()
@@ -211,6 +215,8 @@ def test_who_is_not_in_the_roster_is_not_found() -> None:
     [
         ({"threshold": 3}, r"threshold must be 4 .* for 5 sites, got 3"),
         ({"threshold": 5}, r"threshold must be 4 .* for 5 sites, got 5"),
+        ({"max_colluding": 0}, r"max_colluding must be in 1\.\.1 for 5 sites, got 0"),
+        ({"max_colluding": 2}, r"max_colluding must be in 1\.\.1 for 5 sites, got 2"),
         ({"scale": 2**30 // 5 + 1}, "scale must be 214748364 .* for 5 sites"),
         ({"scale": 2**30 // 5 - 1}, "scale must be 214748364 .* for 5 sites"),
         ({"smallest_cohort": 6}, "smallest_cohort is 6, but there are 5 sites only"),
@@ -257,7 +263,13 @@ def test_a_charter_that_breaks_the_protocol_is_refused(changes: dict[str, Any], 
 
 
 def test_three_sites_need_the_waiver_and_have_no_gram_level() -> None:
-    three = {"sites": [1, 2, 3], "threshold": 3, "scale": 2**30 // 3, "smallest_cohort": 3}
+    three = {
+        "sites": [1, 2, 3],
+        "max_colluding": 0,
+        "threshold": 3,
+        "scale": 2**30 // 3,
+        "smallest_cohort": 3,
+    }
     with pytest.raises(ValidationError, match="needs smallest_cohort_waiver"):
         changed(**three)
     with pytest.raises(ValidationError, match="is 5, but there are 3 sites only"):

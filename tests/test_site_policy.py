@@ -56,6 +56,7 @@ DETECTION = {
     "model": {"name": "RetinaNet"},
     "training": {"steps": 2, "loss": "detector", "image_size": [32, 32]},
 }
+SEVEN = {"sites": tuple(range(1, 8)), "max_colluding": 1, "threshold": 5, "scale": 2**30 // 7}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     # rule: the policy, what is just inside of it, what is just outside; keys of ``findings``
     "tasks": ({"tasks": ["segmentation"]}, {}, {"job": DETECTION}),
@@ -76,6 +77,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"smallest_cohort": 6},
         {"job": {"secure_aggregation__smallest_cohort": 6}},
         {"job": {"secure_aggregation__smallest_cohort": 5}},
+    ),
+    "least-max-colluding": (
+        {"least_max_colluding": 1},
+        {"charter": SEVEN},
+        {"charter": SEVEN, "policy": {"least_max_colluding": "auto"}},
     ),
     "release-test": (
         {"release_test": False},
@@ -153,6 +159,7 @@ def test_an_empty_policy_allows_a_protected_job_of_the_library_and_nothing_else(
     assert rules(job={"aggregation__clip_norm": 101}) == ["largest-clip-norm"]
     assert rules(job={"training__steps": 10_001}) == ["largest-steps"]
     assert rules(charter={"size": 500_000_001}) == ["largest-weights"]
+    assert rules(charter=SEVEN) == ["least-max-colluding"]
 
 
 def test_a_job_that_breaks_many_rules_is_told_all_of_them() -> None:

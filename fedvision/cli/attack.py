@@ -1,5 +1,6 @@
 """``fedvision attack``."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,9 +166,12 @@ def _attack_names(text: str) -> list[str]:
 
 def _shares(text: str) -> list[float]:
     try:
-        return [float(word) for word in _words(text)]
+        shares = [float(word) for word in _words(text)]
     except ValueError:
-        raise ConfigError(f"--malicious takes shares such as 0.1,0.2, got {text!r}") from None
+        shares = [math.nan]
+    if not all(0 <= share < 0.5 for share in shares):
+        raise ConfigError(f"--malicious takes shares from 0 to below 0.5, such as 0.1,0.2, got {text!r}")
+    return shares
 
 
 def _print_attacks() -> None:

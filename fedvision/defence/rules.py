@@ -26,6 +26,8 @@ ROOT_PULL, STEADY_ROOT_PULL = 0.4, 0.2
 """Honest: 0.2 in a round and 0.02 over rounds at most, against a root set's contrast."""
 CLONES = 3.0
 """Honest: 1.6 at most."""
+WITHOUT_ROOT = 0.2
+"""Largest share of the sites that may attack together where there is no root set."""
 ERRORS = 4.0
 """Standard deviations of a sketch by which a limit is above what is usual."""
 
@@ -66,7 +68,7 @@ def num_attackers(num_sites: int, max_malicious: float) -> int:
 
 def _num_partners(num_sites: int, max_malicious: float) -> int:
     """Return how many partners an attacker may have without a root set: up to a fifth of the sites attack."""
-    return max(num_attackers(num_sites, min(max_malicious, 0.2)) - 1, 0)
+    return max(num_attackers(num_sites, min(max_malicious, WITHOUT_ROOT)) - 1, 0)
 
 
 def least_sites(rule: str, num_sites: int, max_malicious: float) -> int:

@@ -51,20 +51,27 @@ Key = Annotated[Hex32, AfterValidator(_sound_key)]
 SiteNumber = Annotated[int, Field(ge=1, le=MAX_SITES)]
 
 
-def threshold_for(num_sites: int) -> int:
-    """Return t, the least sites that must agree and answer: floor(2n/3) + 1, and n for n = 3 and 4.
+def threshold_for(num_sites: int, max_colluding: int | None = None) -> int:
+    """Return t, the least sites that must agree and answer: floor((n + m) / 2) + 1, and n for n = 3 and 4.
 
-    Guarantee: ``2 * t > n + colluding_bound(n)``, so two different accepted sets cannot both be opened.
+    Guarantee: ``2 * t > n + m``, so two different accepted sets cannot both be opened; no smaller t has it.
+
+    Args:
+        num_sites: n, the enrolled sites.
+        max_colluding: m, from 0 to ``colluding_bound(n)``; None for that bound.
 
     Raises:
-        ValueError: ``num_sites`` is not in 3..255.
+        ValueError: ``num_sites`` is not in 3..255, or ``max_colluding`` is more than the bound.
     """
-    _check_num_sites(num_sites)
-    return num_sites if num_sites <= 4 else 2 * num_sites // 3 + 1
+    most = colluding_bound(num_sites)
+    max_colluding = most if max_colluding is None else max_colluding
+    if not 0 <= max_colluding <= most:
+        raise ValueError(f"max_colluding must be in 0..{most}, got {max_colluding}")
+    return num_sites if num_sites <= 4 else (num_sites + max_colluding) // 2 + 1
 
 
 def colluding_bound(num_sites: int) -> int:
-    """Return m = ceil(n/3) - 1, the most sites that may collude with the server against another one.
+    """Return ceil(n/3) - 1: a charter's m, the most sites that may collude with the server, is at most that.
 
     Raises:
         ValueError: ``num_sites`` is not in 3..255.
@@ -197,7 +204,13 @@ class Charter(Section):
     sites: tuple[SiteNumber, ...] = Field(
         min_length=MIN_SITES, max_length=MAX_SITES, description="numbers of the enrolled sites, ascending"
     )
-    threshold: int = Field(description="floor(2n/3) + 1 of n sites, n for 3 and 4")
+    max_colluding: Annotated[int, Field(ge=0)] = Field(
+        description="m: an update stays hidden from the server and up to so many sites that help it; at most "
+        "ceil(n/3) - 1"
+    )
+    threshold: int = Field(
+        description="how many sites must agree to a sum: floor((n + m) / 2) + 1 of n, n for 3 and 4"
+    )
     smallest_cohort: Annotated[int, Field(ge=MIN_SITES, le=MAX_SITES)] = Field(
         SMALLEST_COHORT, description="least sites whose updates are added up"
     )
@@ -243,8 +256,14 @@ class Charter(Section):
         n = len(self.sites)
         if list(self.sites) != sorted(set(self.sites)):
             raise ValueError("sites must be ascending, each once")
+        least, most = min(1, colluding_bound(n)), colluding_bound(n)
+        if not least <= self.max_colluding <= most:
+            raise ValueError(
+                f"max_colluding must be in {least}..{most} for {n} sites, got {self.max_colluding}"
+            )
+        threshold = threshold_for(n, self.max_colluding)
         for key, value, formula, needed in (
-            ("threshold", self.threshold, "floor(2n/3) + 1, n for 3 and 4", threshold_for(n)),
+            ("threshold", self.threshold, "floor((n + m) / 2) + 1, n for 3 and 4", threshold),
             ("scale", self.scale, "floor(2^30/n)", scale_for(n)),
         ):
             if value != needed:
@@ -256,7 +275,7 @@ class Charter(Section):
                 f"smallest_cohort below {SMALLEST_COHORT} needs smallest_cohort_waiver = true, "
                 f"got {self.smallest_cohort}"
             )
-        if self.level == "gram" and colluding_bound(n) < 1:
+        if self.level == "gram" and self.max_colluding < 1:
             raise ValueError(
                 f'level "gram" needs at least 4 sites, got {n}: with 3, a share of a sketch is the sketch'
             )
@@ -273,11 +292,6 @@ class Charter(Section):
         if set(self.releases) - {"split_presence", "judgements"} and self.statistics_size == 0:
             raise ValueError("releases of sums need statistics_size > 0")
         return self
-
-    @property
-    def max_colluding(self) -> int:
-        """m: the most sites that may collude with the server against another one."""
-        return colluding_bound(len(self.sites))
 
     def digest(self) -> bytes:
         """Return SHA-256("fedvision/charter/v1" | canonical JSON), 32 bytes."""

@@ -68,6 +68,7 @@ from fedvision.secagg.messages import (
     SketchUpload,
     Unmask,
 )
+from fedvision.secagg.roster import colluding_bound
 from fedvision.secagg.schedule import Consortium, read_signed, sign
 from fedvision.secagg.site import open_box
 from fedvision.secagg.sketch import PROOF_SLACK, is_within
@@ -399,7 +400,9 @@ class SumRound:
         proof = tuple(self.views.products[site] for site in sorted(self.views.products))
         for index in over_bound(self.gram):
             self.excluded[dealers[index]] = "norm above the bound"
-        is_proof = len(proof) > 3 * self.consortium.charter.max_colluding  # no m holders can lie unnoticed
+        charter = self.consortium.charter
+        liars = colluding_bound(len(charter.sites))  # so few cannot lie unnoticed about what all see as one
+        is_proof = len(proof) > 2 * charter.max_colluding + liars
         for index in over_bound(self.gram, PROOF_SLACK) if is_proof else ():
             self.evidence.append(Evidence(dealers[index], "norm", proof))
         for site in set(dealers) - set(self.views.products):

@@ -24,6 +24,7 @@ from fedvision.attacks.adaptive import Target
 from fedvision.attacks.catalogue import NONE, Attack, attack_named
 from fedvision.attacks.data import TRIGGERS
 from fedvision.config import Job, parse_job
+from fedvision.defence.rules import RULES, WITHOUT_ROOT
 from fedvision.errors import ConfigError, RoundError, StorageError
 from fedvision.seeds import derive_seed
 from fedvision.simulation.consortium import make_consortium, server_keys
@@ -39,8 +40,6 @@ from fedvision.simulation.run import (
 from fedvision.storage import load_tensors, read_json, read_lines, write_json
 
 ROOT_SUFFIX = "/root"
-WITHOUT_ROOT = 0.2
-"""The largest ``max_malicious`` of a defence without a root set."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,11 @@ def parse_defence(text: str) -> tuple[str | list[str], bool]:
         )
     if rules == "auto":
         return "auto", bool(suffix)
-    return ([] if rules == "none" else rules.split("+")), bool(suffix)
+    names = [] if rules == "none" else rules.split("+")
+    for name in names:
+        if name not in RULES:
+            raise ConfigError(f"there is no rule {name!r}", f"auto, none, or some of {', '.join(RULES)}")
+    return names, bool(suffix)
 
 
 def cell_job(job: Job, cell: Cell) -> Job:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import cast
 
 from fedvision.config import Job, RuleName
-from fedvision.defence.rules import default_rules, least_sites
+from fedvision.defence.rules import WITHOUT_ROOT, default_rules, least_sites, num_attackers
 from fedvision.errors import ConfigError
 from fedvision.secagg.roster import (
     MAX_SITES,
@@ -17,6 +17,7 @@ from fedvision.secagg.roster import (
     Level,
     Release,
     Roster,
+    colluding_bound,
     level_for,
     scale_for,
     threshold_for,
@@ -86,6 +87,12 @@ def rules_for(job: Job, level: Level, num_sites: int, has_root: bool) -> tuple[R
         ConfigError: The job names rules that this level, or the lack of a root set, does not allow.
     """
     wanted = job.defence.rules
+    if wanted and level != "sum" and not has_root and job.defence.max_malicious > WITHOUT_ROOT:
+        raise ConfigError(
+            f"defence.max_malicious = {job.defence.max_malicious:g} needs a root set: without one, the rules "
+            "side with the larger group of sites that agree, and leave out honest ones",
+            f"name one in data.root_set, or write max_malicious = {WITHOUT_ROOT:g}",
+        )
     if wanted == "auto":
         return cast(tuple[RuleName, ...], default_rules(num_sites, has_root)) if level != "sum" else ()
     if wanted and level == "sum":
@@ -113,6 +120,43 @@ def rules_in_the_clear(job: Job, num_sites: int, has_root: bool) -> tuple[RuleNa
     return rules_for(job, "gram", num_sites, has_root)
 
 
+def colluding_for(job: Job, num_sites: int) -> int:
+    """Return m, from how many sites that help the server an update stays hidden.
+
+    Args:
+        job: Its ``secure_aggregation.max_colluding`` decides.
+        num_sites: Sites that train.
+
+    Raises:
+        ConfigError: It is more than so many sites allow.
+    """
+    wanted, most = job.secure_aggregation.max_colluding, colluding_bound(num_sites)
+    if wanted == "auto":
+        return most
+    if wanted > most:
+        raise ConfigError(
+            f"secure_aggregation.max_colluding is {wanted}, with {num_sites} sites it is {most} at most",
+            'write "auto" for the most there can be',
+        )
+    return wanted
+
+
+def check_left_out(job: Job, num_sites: int, threshold: int) -> None:
+    """Check that as many sites can be left out of a sum as a job expects to attack.
+
+    Raises:
+        ConfigError: They cannot, and the job's ``max_malicious`` is above the default.
+    """
+    count = num_attackers(num_sites, job.defence.max_malicious)
+    most = num_sites - max(threshold, job.secure_aggregation.smallest_cohort)
+    if job.defence.max_malicious > WITHOUT_ROOT and count > most:
+        raise ConfigError(
+            f"defence.max_malicious = {job.defence.max_malicious:g} is {count} of {num_sites} sites, but a "
+            f"sum can do without {most} only",
+            "secure_aggregation.max_colluding = 1 lets it do without more; or lower max_malicious",
+        )
+
+
 def make_charter(
     job: Job, roster: Roster, train: Collection[str], weight_cap: int, root_set: str = ""
 ) -> Charter:
@@ -138,6 +182,10 @@ def make_charter(
     releases.append("test_by_site" if "test" in job.secure_aggregation.release else "test_sums")
     rules = rules_for(job, level, len(sites), bool(root_set))
     releases += ["judgements"] if rules else []
+    max_colluding = colluding_for(job, len(sites))
+    threshold = threshold_for(len(sites), max_colluding)
+    if rules:
+        check_left_out(job, len(sites), threshold)
     return Charter(
         federation=roster.federation,
         roster=roster.digest().hex(),
@@ -146,7 +194,8 @@ def make_charter(
         size=layout.size,
         initial_weights=model_digest(flatten(network, layout)).hex(),
         sites=sites,
-        threshold=threshold_for(len(sites)),
+        max_colluding=max_colluding,
+        threshold=threshold,
         smallest_cohort=job.secure_aggregation.smallest_cohort,
         smallest_cohort_waiver=job.secure_aggregation.smallest_cohort < SMALLEST_COHORT,
         rounds=job.rounds,

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Field
 from fedvision.config import Job, Name, PositiveInt, Section
 from fedvision.data.manifest import Manifest
 from fedvision.secagg.identity import fingerprint
-from fedvision.secagg.roster import Charter, Hex32, Level, Roster
+from fedvision.secagg.roster import Charter, Hex32, Level, Roster, colluding_bound
 from fedvision_sites.hours import DAYS, parse_span
 
 Network = Literal[
@@ -29,7 +29,8 @@ Network = Literal[
 ]  # fmt: skip
 Task = Literal["segmentation", "detection"]
 Rule = Literal[
-    "tasks", "models", "callables", "datasets", "smallest-cohort", "secure-only", "levels", "release-test",
+    "tasks", "models", "callables", "datasets", "smallest-cohort", "least-max-colluding", "secure-only",
+    "levels", "release-test",
     "largest-clip-norm", "largest-rounds", "largest-steps", "largest-weights", "least-noise-multiplier",
     "governance", "rosters", "hours", "charter", "too-many-jobs",
 ]  # fmt: skip
@@ -97,6 +98,11 @@ class Policy(Section):
     )
     smallest_cohort: Annotated[int, Field(ge=3, le=255)] = Field(
         5, description="least sites whose updates a job may add up, with secure aggregation"
+    )
+    least_max_colluding: Literal["auto"] | Annotated[int, Field(ge=1, le=84)] = Field(
+        "auto",
+        description="least `max_colluding` of a charter: from how many other sites that help the server this "
+        "site's update stays hidden at least; auto: the most there can be, a third of the sites less one",
     )
     release_test: bool = Field(
         True, description="this site's own sums of test statistics may be released, in the clear"
@@ -325,6 +331,15 @@ def _protection(policy: Policy, job: Job, charter: Charter | None) -> Iterator[F
             f"the job adds up updates of as few as {cohort} sites",
             f"{policy.smallest_cohort} are the least",
         )
+    if charter is not None:
+        most = colluding_bound(len(charter.sites))
+        least = most if policy.least_max_colluding == "auto" else min(policy.least_max_colluding, most)
+        if charter.max_colluding < least:
+            yield _finding(
+                "least-max-colluding",
+                f"the job hides updates from the server and {charter.max_colluding} sites that help it",
+                f"{least} are the least",
+            )
     by_site = "test" in job.secure_aggregation.release or not is_secure
     if charter is not None:
         by_site = by_site or "test_by_site" in charter.releases

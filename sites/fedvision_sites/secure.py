@@ -37,7 +37,7 @@ from fedvision.secagg.messages import (
 from fedvision.secagg.roster import level_for, parse_signed
 from fedvision.secagg.schedule import Consortium, read_server
 from fedvision.storage import append_line
-from fedvision.training.charter import rules_for
+from fedvision.training.charter import colluding_for, rules_for
 from fedvision.updates.layout import Layout
 from fedvision.wire.messages import SecureReply, SecureRequest, as_vector
 from fedvision_sites.vault import EnrolmentFile, SessionFile, Vault, pin_job
@@ -152,6 +152,12 @@ def check_charter(consortium: Consortium, job: Job, layout: Layout) -> None:
     ):
         if theirs != ours:
             raise ProtocolError(f"charter-{field_name}", f"{field_name} of the charter is not the job's")
+    try:
+        colluding = colluding_for(job, len(charter.sites))
+    except ConfigError:
+        raise ProtocolError("charter-max_colluding", "the job's max_colluding is too large") from None
+    if charter.max_colluding != colluding:
+        raise ProtocolError("charter-max_colluding", "max_colluding of the charter is not the job's")
     try:
         rules = rules_for(job, level, len(charter.sites), bool(charter.root_set))
     except ConfigError:

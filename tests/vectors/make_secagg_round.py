@@ -23,7 +23,7 @@ from fedvision.secagg import identity, schedule
 from fedvision.secagg.codec import encode
 from fedvision.secagg.member import SiteMember
 from fedvision.secagg.messages import Enrolment, PairPublic, Session
-from fedvision.secagg.roster import Charter, Member, Roster, scale_for, threshold_for
+from fedvision.secagg.roster import Charter, Member, Roster, colluding_bound, scale_for, threshold_for
 from fedvision.secagg.schedule import Consortium
 from fedvision.secagg.server import SumRound
 from fedvision.secagg.transcript import make_transcript
@@ -81,6 +81,7 @@ def fixed_consort(level: str) -> Consort:
         size=SIZE,
         initial_weights=MODEL.hex(),
         sites=tuple(numbers),
+        max_colluding=colluding_bound(len(numbers)),
         threshold=threshold_for(len(numbers)),
         smallest_cohort=3,
         smallest_cohort_waiver=True,
