@@ -14,7 +14,7 @@ A check that fails does not stop those that do not need it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from fedvision.errors import ConfigError, VerificationError
 from fedvision.secagg.identity import fingerprint, parse_public
 from fedvision.secagg.schedule import Consortium
 from fedvision.tasks import initial_network, local_names
-from fedvision.updates.layout import FloatVector, flatten, layout_of, model_digest
+from fedvision.updates.layout import FloatVector, Layout, flatten, layout_of, model_digest
 
 Status = Literal["passed", "failed", "not checked"]
 Watch = Callable[[str, int, int], None]
@@ -135,6 +135,39 @@ class _Checks:
             return False
 
 
+@dataclass
+class _Run:
+    """A run folder and what the checks have found in it; a later check builds on it.
+
+    Attributes:
+        claims: What the folder says about itself.
+        key: Name and key of governance.
+        watch: See ``verify_run``.
+        layout: Of the job's networks.
+        initial: The job's initial weights.
+        documents: Roster and charter, once they hold.
+        sums: All sums, once their transcripts hold.
+        replayed: The rounds done again, once they hold.
+        released: The weights that were released, once they hold.
+    """
+
+    claims: Claims
+    key: tuple[str, bytes]
+    watch: Watch
+    layout: Layout
+    initial: FloatVector = field(repr=False)
+    documents: Consortium | None = None
+    sums: dict[Key, SignedSum] = field(default_factory=dict)
+    replayed: Replayed | None = None
+    released: FloatVector | None = field(default=None, repr=False)
+
+    @property
+    def consortium(self) -> Consortium:
+        """Roster and charter; only for checks that need them to hold."""
+        assert self.documents is not None
+        return self.documents
+
+
 def verify_run(folder: Path, governance: tuple[str, bytes] | None, watch: Watch) -> Verification:
     """Check a run folder.
 
@@ -153,80 +186,88 @@ def verify_run(folder: Path, governance: tuple[str, bytes] | None, watch: Watch)
         StorageError: The record is damaged.
     """
     claims = read_claims(folder)
-    key = governance or _own_key(claims)
+    run = _open_run(claims, governance or _own_key(claims), watch)
     checks = _Checks()
-    sums: dict[Key, SignedSum] = {}
+    signed = checks.run("roster and charter", lambda: _check_documents(run))
+    summed = checks.run("sums", lambda: _check_sums(run), signed)
+    if claims.job.secure_aggregation.keep_sums:
+        stepped = checks.run("arithmetic", lambda: _check_arithmetic(run), summed)
+        checks.run("files", lambda: _check_files(run), stepped)
+    else:
+        checks.run("arithmetic", lambda: "", False, "keep_sums = false: only signatures can be checked")
+        checks.run("files", lambda: _check_models_named(run), summed)
+    checks.run("rules", lambda: check_judgements(claims, run.consortium, run.sums), summed)
+    num_signatures = 2 * signed + sum(item.checked.num_signatures for item in run.sums.values())
+    num_signatures += _check_evidence(checks, run, signed)
+    num_signatures += _check_sites(checks, run, summed)
+    return _result(run, checks, governance is not None, num_signatures)
+
+
+def _open_run(claims: Claims, key: tuple[str, bytes], watch: Watch) -> _Run:
+    """Draw the job's initial weights; nothing of the run is checked yet."""
     network = initial_network(claims.job)
     layout = layout_of(network, local_names(network, claims.job))
-    weights = flatten(network, layout)
-    del network
-    found: list[Consortium] = []
+    return _Run(claims, key, watch, layout, flatten(network, layout))
 
-    def documents() -> str:
-        found.append(load_consortium(claims, key[1]))
-        check_charter_of_job(claims, found[0], layout)
-        charter = found[0].charter
-        return (
-            f"signed by {key[0]}; {len(charter.sites)} sites enrolled, level {charter.level}, "
-            f"threshold {charter.threshold}, smallest cohort {charter.smallest_cohort}"
-        )
 
-    def transcripts() -> str:
-        sums.update(check_sums(claims, found[0], watch))
-        return _sums_text(claims, sums)
-
-    signed = checks.run("roster and charter", documents)
-    summed = checks.run("sums", transcripts, signed)
-    has_sums = claims.job.secure_aggregation.keep_sums
-    replayed: list[Replayed] = []
-    released: list[FloatVector] = []
-    if has_sums:
-
-        def arithmetic() -> str:
-            check_initial_weights(claims, found[0], weights)
-            replayed.append(replay(claims, found[0], sums, weights, watch))
-            released.append(released_weights(claims, layout, replayed[0]))
-            check_hidden_test(claims, sums, released[0])
-            count = claims.last_round - len(claims.thrown_away)
-            return (
-                f"{count} {'round' if count == 1 else 'rounds'} done again from the initial weights; "
-                "every sum is of the model before it, and the record's numbers follow"
-            )
-
-        def files() -> str:
-            count = check_files(claims, layout, replayed[0])
-            what = f"model.safetensors is that of round {replayed[0].best.round}"
-            if claims.is_repaired:
-                what = "model.safetensors was repaired on the root set after the last round, see repair.json"
-            return f"{count} files compared byte for byte; {what if claims.is_finished else 'no model yet'}"
-
-        stepped = checks.run("arithmetic", arithmetic, summed)
-        checks.run("files", files, stepped)
-    else:
-
-        def named() -> str:
-            check_initial_weights(claims, found[0], weights)
-            count = check_models_named(claims, sums, layout)
-            return (
-                f"{count} stored models are those whose hashes the server signed; their making is not checked"
-            )
-
-        checks.run("arithmetic", lambda: "", False, "keep_sums = false: only signatures can be checked")
-        checks.run("files", named, summed)
-    checks.run("rules", lambda: check_judgements(claims, found[0], sums), summed)
-    evidence = _check_evidence(checks, claims, found, signed)
-    best = model_digest(released[0]) if released else None
-    sites = _check_sites(checks, claims, found, sums, summed, best)
-    num_signatures = (
-        2 * signed + sum(item.checked.num_signatures for item in sums.values()) + evidence + sites
+def _check_documents(run: _Run) -> str:
+    """Check the signatures of governance, and the charter against the job."""
+    run.documents = load_consortium(run.claims, run.key[1])
+    check_charter_of_job(run.claims, run.documents, run.layout)
+    charter = run.documents.charter
+    return (
+        f"signed by {run.key[0]}; {len(charter.sites)} sites enrolled, level {charter.level}, "
+        f"threshold {charter.threshold}, smallest cohort {charter.smallest_cohort}"
     )
+
+
+def _check_sums(run: _Run) -> str:
+    """Check every transcript, and every stored sum against it."""
+    run.sums.update(check_sums(run.claims, run.consortium, run.watch))
+    return _sums_text(run.claims, run.sums)
+
+
+def _check_arithmetic(run: _Run) -> str:
+    """Go from the initial weights over every sum to the released model."""
+    claims = run.claims
+    check_initial_weights(claims, run.consortium, run.initial)
+    run.replayed = replay(claims, run.consortium, run.sums, run.initial, run.watch)
+    run.released = released_weights(claims, run.layout, run.replayed)
+    check_hidden_test(claims, run.sums, run.released)
+    count = claims.last_round - len(claims.thrown_away)
+    return (
+        f"{count} {'round' if count == 1 else 'rounds'} done again from the initial weights; "
+        "every sum is of the model before it, and the record's numbers follow"
+    )
+
+
+def _check_files(run: _Run) -> str:
+    """Compare checkpoints and model with what the sums made, byte for byte."""
+    claims = run.claims
+    assert run.replayed is not None
+    count = check_files(claims, run.layout, run.replayed)
+    what = f"model.safetensors is that of round {run.replayed.best.round}"
+    if claims.is_repaired:
+        what = "model.safetensors was repaired on the root set after the last round, see repair.json"
+    return f"{count} files compared byte for byte; {what if claims.is_finished else 'no model yet'}"
+
+
+def _check_models_named(run: _Run) -> str:
+    """Without stored sums: compare the stored models with the hashes that were signed."""
+    check_initial_weights(run.claims, run.consortium, run.initial)
+    count = check_models_named(run.claims, run.sums, run.layout)
+    return f"{count} stored models are those whose hashes the server signed; their making is not checked"
+
+
+def _result(run: _Run, checks: _Checks, is_pinned: bool, num_signatures: int) -> Verification:
+    """Put the result together; what it proves is said only if nothing failed."""
     failure = checks.failures[0] if checks.failures else None
-    meaning = Meaning(claims, found[0], key[0], governance is not None) if failure is None else None
+    meaning = Meaning(run.claims, run.consortium, run.key[0], is_pinned) if failure is None else None
     return Verification(
-        folder,
-        f"{key[0]} {fingerprint(key[1])}",
-        governance is not None,
-        found[0].charter.level if found else "",
+        run.claims.folder,
+        f"{run.key[0]} {fingerprint(run.key[1])}",
+        is_pinned,
+        run.documents.charter.level if run.documents else "",
         num_signatures,
         tuple(checks.made),
         meaning.proves() if meaning else (),
@@ -262,12 +303,12 @@ def _sums_text(claims: Claims, sums: dict[Key, SignedSum]) -> str:
     return text
 
 
-def _check_evidence(checks: _Checks, claims: Claims, found: list[Consortium], signed: bool) -> int:
+def _check_evidence(checks: _Checks, run: _Run, signed: bool) -> int:
     """Check the evidence; return how many signatures were verified."""
     counted = [0]
 
     def evidence() -> str:
-        items = check_evidence(claims, found[0])
+        items = check_evidence(run.claims, run.consortium)
         counted[0] = sum(item.num_signatures for item in items)
         said = [f"{item.site} ({item.rule}{'' if item.is_shown else ', signatures only'})" for item in items]
         return f"against {', '.join(said)}" if said else "nobody was expelled"
@@ -276,22 +317,16 @@ def _check_evidence(checks: _Checks, claims: Claims, found: list[Consortium], si
     return counted[0]
 
 
-def _check_sites(
-    checks: _Checks,
-    claims: Claims,
-    found: list[Consortium],
-    sums: dict[Key, SignedSum],
-    summed: bool,
-    best: bytes | None,
-) -> int:
+def _check_sites(checks: _Checks, run: _Run, summed: bool) -> int:
     """Check the sites' folders; return how many signatures were verified."""
     counted = [0]
-    if not any((claims.folder / "sites").glob("*/secagg")):
+    if not any((run.claims.folder / "sites").glob("*/secagg")):
         checks.run("sites' folders", lambda: "", False, "not here")
         return 0
+    best = None if run.released is None else model_digest(run.released)
 
     def folders() -> str:
-        items = check_site_files(claims, found[0], sums, best)
+        items = check_site_files(run.claims, run.consortium, run.sums, best)
         if items is None:
             return "none of an enrolled site"
         counted[0] = items.num_signatures
