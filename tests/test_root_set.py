@@ -4,13 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from fedvision.config import Job, parse_job
 from fedvision.data.manifest import Case, Manifest, load_manifest, save_manifest
 from fedvision.errors import ConfigError, DataError
 from fedvision.tasks import initial_network, local_names
-from fedvision.training.root import LEAST_CASES, open_root_set, root_update
+from fedvision.training.root import LEAST_CASES, kinds_of, open_root_set, root_update, shortest_mean
 from fedvision.updates.clipping import l2_norm
 from fedvision.updates.layout import FloatVector, flatten, layout_of
 from fedvision_server.cli import main
@@ -185,6 +187,34 @@ def test_the_root_update_points_as_a_site_with_like_cases_does(folder: Path, tmp
     train(network, job, CaseStore(manifest, job), manifest.cases, 1, "a", next(network.parameters()).device)
     theirs = flatten(network, layout) - weights
     assert ours @ theirs > 0.5 * l2_norm(ours) * l2_norm(theirs)
+
+
+def test_cases_are_of_one_kind_by_what_their_patients_have_in_front(folder: Path) -> None:
+    cases = load_manifest(folder).cases
+    names = ["ct/a", "ct/b", "mr/a", "mr/b/2", "us/a", "c"]
+    named = [case.model_copy(update={"patient": name}) for case, name in zip(cases, names, strict=False)]
+    kinds = [[case.patient for case in kind] for kind in kinds_of(named)]
+    assert kinds == [["ct/a", "ct/b"], ["mr/a", "mr/b/2"], ["us/a", "c"]]
+    assert [len(kind) for kind in kinds_of(cases)] == [len(cases)]
+
+
+@given(st.integers(1, 6), st.integers(2, 9), st.floats(-0.9, 0.9), st.integers(0, 2**31))
+def test_the_shortest_mean_goes_with_every_vector(count: int, size: int, common: float, seed: int) -> None:
+    drawn = np.random.default_rng(seed).standard_normal((count, size))
+    drawn[:, 0] += 3 * common
+    rows = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    shares = shortest_mean(rows @ rows.T)
+    mean = shares @ rows
+    assert (shares >= -1e-12).all() and abs(shares.sum() - 1) < 1e-9
+    assert (rows @ mean >= mean @ mean - 2e-3).all()
+    assert np.linalg.norm(mean) <= np.linalg.norm(rows.mean(axis=0)) + 1e-9
+
+
+def test_a_rare_kind_is_not_outvoted() -> None:
+    rows = np.eye(4)
+    rows[3] = [-0.3, -0.3, -0.3, np.sqrt(1 - 0.27)]  # against three that agree
+    rows[1], rows[2] = [0.9, np.sqrt(1 - 0.81), 0, 0], [0.9, 0, np.sqrt(1 - 0.81), 0]
+    assert rows.mean(axis=0) @ rows[3] < 0.05 < 0.2 < (shortest_mean(rows @ rows.T) @ rows) @ rows[3]
 
 
 def test_cases_are_read_once(folder: Path) -> None:
