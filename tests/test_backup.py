@@ -319,6 +319,7 @@ def connect_again(federation: Federation) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_a_federation_goes_on_after_its_server_and_a_site_are_lost(tmp_path: Path, path: str) -> None:
     (tmp_path / "place").mkdir()

@@ -53,7 +53,9 @@ def test_simulate_leaves_a_run_and_no_process_port_or_folder(tiny, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_run_that_is_stopped_or_killed_resumes_to_the_same_bytes(
     tiny, tmp_path: Path, signal_number: signal.Signals
 ) -> None:
