@@ -239,6 +239,38 @@ class DefenceSection(Section):
     )
 
 
+class PrivacySection(Section):
+    """What is promised to each patient whose images train (differential privacy). Becomes part of the signed
+    charter; what a site has spent on its patients is in its own ledger."""
+
+    mode: Literal["off", "distributed", "local"] = Field(
+        "off",
+        description="distributed: a round is one gradient, each site adds its share of the noise under "
+        "secure aggregation, and the server takes the step; local: each site adds all of the noise at each "
+        "step of its training; off: no promise",
+    )
+    clip_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="largest L2 norm of one patient's gradient, all his images together"
+    )
+    noise_multiplier: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0,
+        description="standard deviation of the noise in clip norms, in the sum over sites (distributed) or "
+        "in each site's step (local); `fedvision privacy plan` finds it",
+    )
+    patients: PositiveInt = Field(
+        16, description="patients that a site draws on average, each by chance; a round or a step"
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="chance that the promise does not hold; a tenth of one over a site's patients if absent",
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is promised."""
+        return self.mode != "off"
+
+
 class EvaluationSection(Section):
     """How models are judged, at every site."""
 
@@ -271,6 +303,7 @@ class Job(Section):
     aggregation: AggregationSection
     secure_aggregation: SecureAggregationSection = SecureAggregationSection()
     defence: DefenceSection = DefenceSection()
+    privacy: PrivacySection = PrivacySection()
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
@@ -290,6 +323,7 @@ class Job(Section):
             raise ValueError("training.patch_size is required for segmentation")
         if detects and self.training.image_size is None:
             raise ValueError("training.image_size is required for detection")
+        self._check_privacy()
         if len(set(self.task.classes)) != len(self.task.classes):
             raise ValueError("task.classes has a name twice")
         if self.data is not None:
@@ -298,6 +332,31 @@ class Job(Section):
             if twice:
                 raise ValueError(f"data.sites and data.held_out name {', '.join(twice)} twice")
         return self
+
+    def _check_privacy(self) -> None:
+        """Check that the rest of the job keeps what ``privacy`` promises."""
+        mode = self.privacy.mode
+        if mode == "off":
+            return
+        for key, value, needed in (
+            ("aggregation.weighting", self.aggregation.weighting, "uniform"),
+            ("training.amp", self.training.amp, "off"),
+            ("training.gradient_clip", self.training.gradient_clip, None),
+            ("model.local_normalisation", self.model.local_normalisation, False),
+            ("aggregation.secure", self.aggregation.secure, True),
+        ):
+            if value != needed:
+                wanted = "to be left out" if needed is None else f"= {json.dumps(needed)}"
+                raise ValueError(f"privacy.mode = {mode!r} needs {key} {wanted}")
+        if mode == "local":
+            return
+        if self.secure_aggregation.level != "sum":
+            raise ValueError(
+                "privacy.mode = 'distributed' needs secure_aggregation.level = \"sum\": at the others the "
+                "server learns something of each site's input, which holds a share of the noise only"
+            )
+        if self.training.steps != 1:
+            raise ValueError("privacy.mode = 'distributed' needs training.steps = 1: a round is one gradient")
 
     def public(self) -> "Job":
         """Return the job without the paths of the researcher's machine: the part that is sent to sites."""

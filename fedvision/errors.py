@@ -73,6 +73,12 @@ class ProtocolError(FedvisionError):
         self.rule = rule
 
 
+class PrivacyError(ProtocolError):
+    """A privacy limit of this site would be passed, or its ledger does not allow a round."""
+
+    code = "privacy"
+
+
 class RoundError(FedvisionError):
     """A round cannot be finished, for example because too few sites answered."""
 

@@ -348,7 +348,7 @@ def test_a_signed_charter_verifies_beside_its_roster_only(capsys: Captured) -> N
     ("changes", "told"),
     [
         ({"threshold": 2}, "threshold must be 3 (floor((n + m) / 2) + 1, n for 3 and 4) for 3 sites, got 2"),
-        ({"scale": 2**30}, "scale must be 357913941 (floor(2^30/n)) for 3 sites"),
+        ({"scale": 2**30}, "scale must be 357913941 (floor(2^30/(n + 8z)), z the noise) for 3 sites"),
         ({"smallest_cohort_waiver": False}, "needs smallest_cohort_waiver = true"),
         ({"treshold": 3}, "unknown key `treshold`\nhint: did you mean `threshold`?"),
         ({"sites": [1, 2, 4]}, "the roster has no site number 4"),

@@ -498,14 +498,14 @@ def test_a_wrong_mask_key_with_a_fitting_report_is_found_in_the_row() -> None:
 
 
 def test_mask_keys_for_other_sites_than_those_left_out_are_no_ack() -> None:
-    consort = gather(9, "sketch")
+    consort = gather(8, "sketch")
     tell = Liars(consort)
     refused: list[tuple[int, str, str]] = []
     attempt = consort.attempt()
     lies = {
         2: {"accept": tell.reveal(lambda found: {"keys": ()})},
-        LIAR: {"accept": tell.reveal(lambda found: {"keys": (*found.keys, MaskKey(9, bytes(32)))})},
-        9: {"mask": silent},
+        LIAR: {"accept": tell.reveal(lambda found: {"keys": (*found.keys, MaskKey(8, bytes(32)))})},
+        8: {"mask": silent},
     }
     with pytest.raises(AttemptError, match="inputs may be added"):
         play(consort, attempt, lie=lying(lies), refused=refused)

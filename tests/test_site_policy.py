@@ -131,7 +131,7 @@ def test_a_job_just_inside_a_rule_passes_and_one_just_outside_does_not(rule: str
 
 
 def test_every_rule_and_every_key_is_tried() -> None:
-    without_rule = {"automatic", "time_zone", "gpu_share"}
+    without_rule = {"automatic", "time_zone", "gpu_share", "largest_epsilon", "largest_epsilon_alone"}
     keys = set(Policy.model_fields) - without_rule
     assert {rule.replace("-", "_") for rule in CASES} == keys
     assert set(get_args(policies.Rule)) == set(CASES) | {"charter", "too-many-jobs"}

@@ -20,7 +20,7 @@ from fedvision.audit.verify import Verification, verify_run
 from fedvision.cli.app import main
 from fedvision.config import dump_job, load_job
 from fedvision.errors import ConfigError, VerificationError
-from fedvision.secagg import identity, server
+from fedvision.secagg import identity, server_sketch
 from fedvision.secagg.codec import decode, encode
 from fedvision.secagg.identity import parse_public
 from fedvision.secagg.messages import Evidence, Transcript
@@ -204,7 +204,7 @@ def test_a_server_that_accepts_an_update_over_the_bound_is_found(
         return vector
 
     monkeypatch.setattr(work, "encode_update", large)
-    monkeypatch.setattr(server, "is_within", lambda *arguments: True)
+    monkeypatch.setattr(server_sketch, "is_within", lambda *arguments: True)
     run = make_run(tmp_path, secure_aggregation__level="sketch")
     monkeypatch.undo()
     failure = failing(run)
@@ -341,8 +341,8 @@ def test_a_server_that_steps_further_than_the_job_says_is_found(
 ) -> None:
     honest = round_module.server_step
 
-    def twice(weights: Any, mean_update: Any, job: Any) -> Any:
-        return honest(weights, 2 * mean_update, job)
+    def twice(state: Any, mean_update: Any, job: Any) -> Any:
+        return honest(state, 2 * mean_update, job)
 
     monkeypatch.setattr(round_module, "server_step", twice)
     run = make_run(tmp_path)

@@ -93,7 +93,7 @@ def replay(
         if number not in claims.rounds:
             raise VerificationError(claims.record, "record", f"nothing about round {number}")
         decoded = _decoded(consortium, sums["train", number], state.weights)
-        following = server_step(state.weights, decoded.mean_update, claims.job)
+        following, moments = server_step(state, decoded.mean_update, claims.job)
         judged = sums.get(("validate", number))
         validation = None
         if judged is not None and number in claims.not_judged:
@@ -103,7 +103,7 @@ def replay(
         headline = task_module(claims.job).HEADLINE
         value = None if validation is None else validation["mean_site"].get(headline)
         value = lower(value, claims.rounds[number].get("root_score"))
-        state = advance(state, following, value)
+        state = advance(state, following, value, moments)
         best = state if state.best_round == number else best
         _check_round(claims, consortium, sums["train", number], state, decoded, validation)
     return Replayed(state, best if state.best_round else state)
@@ -164,12 +164,13 @@ def _check_round(
     record = claims.rounds[state.round]
     level = consortium.charter.level
     told = record.get("validation") or {}
+    loss = None if claims.job.privacy.is_on else decoded.metrics[0]
     for name, theirs, ours in (
         ("num_sites", record.get("num_sites"), len(found.checked.accepted)),
         ("level", record.get("level"), level),
         ("is_best", record.get("is_best"), state.best_round == state.round),
         ("update_norm", record.get("update_norm"), l2_norm(decoded.mean_update.astype(np.float32))),
-        ("train_loss", record.get("train_loss"), decoded.metrics[0]),
+        ("train_loss", record.get("train_loss"), loss),
         ("mean_site", told.get("mean_site"), (validation or {}).get("mean_site")),
         ("pooled", told.get("pooled"), (validation or {}).get("pooled")),
     ):

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from fedvision.cli import attack, compare, data, init, keys, simulate, verify
+from fedvision.cli import attack, compare, data, init, keys, privacy, simulate, verify
 from fedvision.cli.program import paragraphs, run_app, version_option
 
 HELP = """Federated learning for medical imaging: simulate a federation of hospitals on this machine.
@@ -23,6 +23,7 @@ Start with [bold]fedvision simulate --demo[/], which needs no data. With your ow
   [bold]fedvision compare[/]       local-only, pooled and federated training side by side
   [bold]fedvision attack[/]        let malicious sites in and measure what they do, and what the defence does
   [bold]fedvision verify[/]        check the signatures and the arithmetic of a finished run again
+  [bold]fedvision privacy[/]       what a job promises to each patient, and what a run has spent
   [bold]fedvision keys[/]          identities, and the signed list of who takes part
 """
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")
+app.add_typer(privacy.app, name="privacy")
 app.command("init")(init.init)
 
 

@@ -30,6 +30,7 @@ EXAMPLES: dict[str, Any] = {
     "preprocessing.transform": "my_transforms:prepare",
     "training.epochs": 1.0,
     "training.gradient_clip": 1.0,
+    "privacy.delta": 1e-3,
     "secure_aggregation.weight_cap": 200,
 }
 DEMO_SITES = 4

@@ -137,7 +137,7 @@ def finetune(
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     rate = RATE * job.training.learning_rate
-    optimizer = make_optimizer(network, job, rate)
+    optimizer = make_optimizer(network.parameters(), job, rate)
     batches = _batches(samples, job.training.batch_size, rng)
     network.train()
     for step in range(steps):

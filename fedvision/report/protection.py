@@ -32,7 +32,7 @@ def secure_section(record: RunRecord) -> Markup:
     rows: list[tuple[str, object]] = [
         ("Level", f"{charter.level}: {_LEVELS[charter.level]}"),
         ("Sites enrolled", f"{len(agreement.sites)}{names}"),
-        ("Smallest sum allowed", f"{max(charter.smallest_cohort, charter.threshold)} sites{waiver}"),
+        ("Smallest sum allowed", f"{charter.quorum} sites{waiver}"),
         ("Smallest sum made", counted(sizes[0], "site") if sizes else "none yet"),
         ("Sites that must agree", f"{charter.threshold} of {len(agreement.sites)} to each sum"),
         ("Hides updates from", _hidden_from(charter.max_colluding)),
@@ -182,7 +182,7 @@ def _hidden(record: RunRecord, agreement: Agreement, size: str) -> list[tuple[st
 def _limits(record: RunRecord, agreement: Agreement) -> list[str]:
     """Return against whom or what secure aggregation does not help in this run."""
     charter = agreement.charter
-    smallest = max(charter.smallest_cohort, charter.threshold)
+    smallest = charter.quorum
     others, colluding = len(agreement.sites) - 1, charter.max_colluding
     limits = [
         f"{others} sites that put their updates together: the rest of the sum is the last site's update",

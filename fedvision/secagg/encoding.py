@@ -175,8 +175,8 @@ class Encoding:
                 is within the norm bound then, and a total that these sites can't have is moved to the nearest
                 one that they can. None where nothing was checked: such a total is refused.
 
-        Guarantee: the mean update has an L2 norm of at most ``clip_norm``, as every mean of compliant updates
-        has; a longer one, which only a lie about a weight can make, is scaled down.
+        Guarantee: without noise the mean update has an L2 norm of at most ``clip_norm``, as every mean of
+        compliant updates has; a longer one, which only a lie about a weight can make, is scaled down.
 
         Raises:
             MessageError: A wrong shape; or unchecked weights that add up to 0 or to more than the sites can
@@ -203,7 +203,7 @@ class Encoding:
         mean = values[: self.size].astype(np.float64)
         mean *= self.clip_norm / (self.scale * total_weight)
         norm = float(np.linalg.norm(mean))
-        if norm > self.clip_norm:
+        if norm > self.clip_norm and self.noise_multiplier == 0:
             mean *= self.clip_norm / norm
         return DecodedSum(
             mean_update=mean,

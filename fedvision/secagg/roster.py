@@ -14,6 +14,7 @@ How a signed document is written and read: ``fedvision.secagg.documents``.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, overload
@@ -102,14 +103,30 @@ def level_for(setting: Level | Literal["auto"], num_sites: int, size: int) -> Le
     return "sum" if num_sites < 5 else "sketch" if num_sites < 10 else "gram"
 
 
-def scale_for(num_sites: int) -> int:
-    """Return S = floor(2**30 / n), the fixed-point scale without noise: n inputs of at most S never wrap.
+def scale_for(num_sites: int, noise: float = 0.0) -> int:
+    """Return S = floor(2**30 / (n + 8 z)), the fixed-point scale: n inputs and their noise never wrap.
+
+    Args:
+        num_sites: n.
+        noise: z, the standard deviation of all sites' noise together, in clip norms of an input.
 
     Raises:
         ValueError: ``num_sites`` is not in 3..255.
     """
     _check_num_sites(num_sites)
-    return (1 << SUM_BITS) // num_sites
+    return math.floor((1 << SUM_BITS) / (num_sites + 8 * noise))
+
+
+def input_noise(noise_share: float, num_sites: int, patient_clip_norm: float, clip_norm: float) -> float:
+    """Return z, the standard deviation of the noise of all sites together, in clip norms of an input.
+
+    Args:
+        noise_share: Of one site's noise, in ``patient_clip_norm``.
+        num_sites: n.
+        patient_clip_norm: Largest norm of what one patient adds.
+        clip_norm: Largest norm of an input.
+    """
+    return noise_share * math.sqrt(num_sites) * patient_clip_norm / clip_norm
 
 
 def _check_num_sites(num_sites: int) -> None:
@@ -230,8 +247,14 @@ class Charter(Section):
     metric_caps: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (), description="upper bounds of the training metrics that are added up with the updates"
     )
-    noise_multiplier: Annotated[float, Field(ge=0, le=0)] = Field(
-        0.0, description="noise in units of the clip norm; always 0 in this version"
+    patient_clip_norm: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="largest L2 norm of what one patient adds to a site's input; 0 where nobody bounds it",
+    )
+    noise_multiplier: Annotated[float, Field(ge=0, le=1000)] = Field(
+        0.0,
+        description="standard deviation of the noise in any sum, without what colluding sites add to it, in "
+        "`patient_clip_norm`; 0 for none",
     )
     norm_slack: Annotated[float, Field(ge=NORM_SLACK, le=NORM_SLACK)] = Field(
         NORM_SLACK, description="threshold on a sketched squared norm, in squared norm bounds"
@@ -264,7 +287,7 @@ class Charter(Section):
         threshold = threshold_for(n, self.max_colluding)
         for key, value, formula, needed in (
             ("threshold", self.threshold, "floor((n + m) / 2) + 1, n for 3 and 4", threshold),
-            ("scale", self.scale, "floor(2^30/n)", scale_for(n)),
+            ("scale", self.scale, "floor(2^30/(n + 8z)), z the noise", scale_for(n, self.input_noise)),
         ):
             if value != needed:
                 raise ValueError(f"{key} must be {needed} ({formula}) for {n} sites, got {value}")
@@ -281,6 +304,10 @@ class Charter(Section):
             )
         if self.rules and self.level == "sum":
             raise ValueError('rules need level "sketch" or "gram": at "sum" the server sees no update at all')
+        if (self.noise_multiplier > 0) != (self.patient_clip_norm > 0):
+            raise ValueError("noise_multiplier and patient_clip_norm go together")
+        if self.noise_multiplier > 0 and (self.level != "sum" or self.weight_cap != 1):
+            raise ValueError('noise in shares needs level "sum" and weight_cap 1')
         if "root_cosine" in self.rules and not self.root_set:
             raise ValueError("rule root_cosine needs a root set")
         if len(set(self.rules)) != len(self.rules):
@@ -292,6 +319,26 @@ class Charter(Section):
         if set(self.releases) - {"split_presence", "judgements"} and self.statistics_size == 0:
             raise ValueError("releases of sums need statistics_size > 0")
         return self
+
+    @property
+    def quorum(self) -> int:
+        """The least sites whose inputs may be added: the larger of smallest cohort and threshold."""
+        return max(self.smallest_cohort, self.threshold)
+
+    @property
+    def num_honest(self) -> int:
+        """How many sites that do not collude are in any sum, at least: the noise is shared among so many."""
+        return self.quorum - self.max_colluding
+
+    @property
+    def noise_share(self) -> float:
+        """Standard deviation of the noise that each site adds, in ``patient_clip_norm``; 0 for none."""
+        return self.noise_multiplier / math.sqrt(self.num_honest)
+
+    @property
+    def input_noise(self) -> float:
+        """Standard deviation of the noise of all enrolled sites together, in clip norms of an input."""
+        return input_noise(self.noise_share, len(self.sites), self.patient_clip_norm, self.clip_norm)
 
     def digest(self) -> bytes:
         """Return SHA-256("fedvision/charter/v1" | canonical JSON), 32 bytes."""

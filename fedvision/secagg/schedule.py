@@ -64,14 +64,19 @@ class Consortium:
     @property
     def quorum(self) -> int:
         """The least sites whose inputs may be added: the larger of smallest cohort and threshold."""
-        return max(self.charter.smallest_cohort, self.charter.threshold)
+        return self.charter.quorum
 
     @functools.cached_property
     def encoding(self) -> Encoding:
         """How updates become integers."""
         charter = self.charter
         return Encoding(
-            len(charter.sites), charter.size, charter.clip_norm, charter.weight_cap, charter.metric_caps
+            len(charter.sites),
+            charter.size,
+            charter.clip_norm,
+            charter.weight_cap,
+            charter.metric_caps,
+            charter.input_noise,
         )
 
     def level(self, purpose: Purpose) -> str:

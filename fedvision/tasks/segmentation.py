@@ -57,6 +57,12 @@ def _cross_entropy(logits_BKP: torch.Tensor, label_B1P: torch.Tensor) -> torch.T
     return functional.cross_entropy(logits_BKP, label_B1P[:, 0])
 
 
+def _one_hot(logits_BKP: torch.Tensor, label_B1P: torch.Tensor) -> torch.Tensor:
+    """Return the mask as K channels of 0 and 1; MONAI's writes in place, which ``torch.vmap`` cannot do."""
+    classes = torch.arange(logits_BKP.shape[1], device=label_B1P.device)
+    return (label_B1P == classes.view(1, -1, *(1,) * (label_B1P.ndim - 2))).to(logits_BKP.dtype)
+
+
 @cache
 def loss_by_name(name: str) -> Loss:
     """Return the function from logits (B, K, *P) and mask (B, 1, *P) to a scalar loss.
@@ -79,18 +85,24 @@ def loss_by_name(name: str) -> Loss:
         return _cross_entropy
     from monai.losses import DiceLoss, FocalLoss, TverskyLoss
 
-    overlap = {"include_background": False, "softmax": True, "to_onehot_y": True}
+    overlap = {"include_background": False, "softmax": True}
     if name == "tversky":
         tversky: Loss = TverskyLoss(**overlap, alpha=0.3, beta=0.7)
-        return tversky
+        return lambda logits_BKP, label_B1P: tversky(logits_BKP, _one_hot(logits_BKP, label_B1P))
     dice: Loss = DiceLoss(**overlap)
-    if name == "dice":
-        return dice
     # MONAI's DiceFocalLoss would leave the background out of the focal term too, and take a sigmoid there.
-    pixelwise: Loss = (
-        FocalLoss(to_onehot_y=True, use_softmax=True) if name == "dice_focal" else _cross_entropy
-    )
-    return lambda logits_BKP, label_B1P: dice(logits_BKP, label_B1P) + pixelwise(logits_BKP, label_B1P)
+    focal: Loss = FocalLoss(use_softmax=True)
+
+    def with_dice(logits_BKP: torch.Tensor, label_B1P: torch.Tensor) -> torch.Tensor:
+        target_BKP = _one_hot(logits_BKP, label_B1P)
+        overlap_loss = dice(logits_BKP, target_BKP)
+        if name == "dice":
+            return overlap_loss
+        if name == "dice_focal":
+            return overlap_loss + focal(logits_BKP, target_BKP)
+        return overlap_loss + _cross_entropy(logits_BKP, label_B1P)
+
+    return with_dice
 
 
 def training_loss(

@@ -3,7 +3,9 @@
 One place for simulation and deployment, so that a job has the same rules in both.
 """
 
+import math
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import cast
 
 from fedvision.config import Job, RuleName
@@ -18,6 +20,7 @@ from fedvision.secagg.roster import (
     Release,
     Roster,
     colluding_bound,
+    input_noise,
     level_for,
     scale_for,
     threshold_for,
@@ -157,6 +160,40 @@ def check_left_out(job: Job, num_sites: int, threshold: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class NoisePlan:
+    """The noise that a charter names, and what follows from it; see ``Charter``.
+
+    Attributes:
+        patient_clip_norm: Largest norm of what one patient adds to an input; 0 without noise in shares.
+        noise_multiplier: Of any sum, in ``patient_clip_norm``; 0 for none.
+        num_honest: Sites that share it.
+        scale: Fixed-point steps in a clip norm of an input.
+    """
+
+    patient_clip_norm: float
+    noise_multiplier: float
+    num_honest: int
+    scale: int
+
+
+def noise_plan(job: Job, num_sites: int) -> NoisePlan:
+    """Return the noise of a job at so many sites that train.
+
+    Raises:
+        ConfigError: The job's ``max_colluding`` is more than so many sites allow.
+    """
+    colluding = colluding_for(job, num_sites)
+    quorum = max(threshold_for(num_sites, colluding), job.secure_aggregation.smallest_cohort)
+    honest = quorum - colluding
+    if job.privacy.mode != "distributed":
+        return NoisePlan(0.0, 0.0, honest, scale_for(num_sites))
+    privacy = job.privacy
+    share = privacy.noise_multiplier / math.sqrt(honest)
+    noise = input_noise(share, num_sites, privacy.clip_norm, job.aggregation.clip_norm)
+    return NoisePlan(privacy.clip_norm, privacy.noise_multiplier, honest, scale_for(num_sites, noise))
+
+
 def make_charter(
     job: Job, roster: Roster, train: Collection[str], weight_cap: int, root_set: str = ""
 ) -> Charter:
@@ -186,6 +223,7 @@ def make_charter(
     threshold = threshold_for(len(sites), max_colluding)
     if rules:
         check_left_out(job, len(sites), threshold)
+    noise = noise_plan(job, len(sites))
     return Charter(
         federation=roster.federation,
         roster=roster.digest().hex(),
@@ -202,9 +240,11 @@ def make_charter(
         max_attempts=MAX_ATTEMPTS,
         level=level,
         clip_norm=job.aggregation.clip_norm,
-        scale=scale_for(len(sites)),
+        scale=noise.scale,
         weight_cap=weight_cap if job.aggregation.weighting == "samples" else 1,
         metric_caps=(LOSS_CAP,),
+        patient_clip_norm=noise.patient_clip_norm,
+        noise_multiplier=noise.noise_multiplier,
         rules=rules,
         max_malicious=job.defence.max_malicious,
         root_set=root_set,

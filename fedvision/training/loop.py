@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +56,10 @@ def case_batches(cases: Sequence[Case], batch_size: int, rng: np.random.Generato
         del queue[:batch_size]
 
 
-def make_optimizer(network: nn.Module, job: Job, rate: float) -> torch.optim.Optimizer:
-    """Return a fresh optimiser over the parameters that train."""
+def make_optimizer(parameters: Iterable[nn.Parameter], job: Job, rate: float) -> torch.optim.Optimizer:
+    """Return a fresh optimiser over those parameters that train."""
     settings = job.training
-    parameters = [p for p in network.parameters() if p.requires_grad]
+    parameters = [p for p in parameters if p.requires_grad]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, rate, settings.momentum, weight_decay=settings.weight_decay)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
@@ -96,7 +96,7 @@ def train(
     seed = derive_seed(job.seed, "train", round_number, site)
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    optimizer = make_optimizer(network, job, learning_rate(job, round_number))
+    optimizer = make_optimizer(network.parameters(), job, learning_rate(job, round_number))
     scaler = torch.amp.GradScaler(device.type, enabled=job.training.amp == "fp16")
     batches = case_batches(cases, job.training.batch_size, rng)
     num_steps = steps_per_round(job, len(cases))

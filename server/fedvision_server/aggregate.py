@@ -5,11 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedvision.config import Job
+from fedvision.training.loop import learning_rate, make_optimizer
 from fedvision.updates.layout import FloatVector
 from fedvision.wire.messages import TrainReply
+from fedvision_server.jobs import RunState
 
 Metrics = dict[str, float]
 MetricsOf = Callable[[NDArray[np.float64]], Metrics]
@@ -21,16 +25,39 @@ def weight_of(reply: TrainReply, job: Job) -> int:
     return reply.num_samples if job.aggregation.weighting == "samples" else 1
 
 
-def server_step(weights: FloatVector, mean_update: NDArray[np.float64], job: Job) -> FloatVector:
-    """Return the next global weights (FedAvg on updates; McMahan et al. 2017, algorithm 1; the server
-    learning rate as in Reddi et al. 2021, algorithm 1).
+def server_step(
+    state: RunState, mean_update: NDArray[np.float64], job: Job
+) -> tuple[FloatVector, dict[str, NDArray[np.float32]]]:
+    """Return the next global weights and the moments of the server's optimiser.
+
+    FedAvg on updates (McMahan et al. 2017, algorithm 1; the server learning rate as in Reddi et al. 2021,
+    algorithm 1), which needs no moments. Where a round is one private gradient (``privacy.mode =
+    "distributed"``), the step is that of ``training.optimizer``, with the round's learning rate, on the mean
+    gradient of a patient.
 
     Args:
-        weights: float32, shape (d,).
+        state: Weights and moments before the round.
         mean_update: float64, shape (d,).
-        job: Sets the server learning rate.
+        job: Sets the optimiser and its rates.
     """
-    return (weights + job.aggregation.server_learning_rate * mean_update).astype(np.float32)
+    if job.privacy.mode != "distributed":
+        return (state.weights + job.aggregation.server_learning_rate * mean_update).astype(np.float32), {}
+    weights = nn.Parameter(torch.from_numpy(state.weights.copy()))
+    optimizer = make_optimizer([weights], job, learning_rate(job, state.round + 1))
+    optimizer.state[weights].update(
+        {
+            name: torch.from_numpy(values.copy()).reshape(() if name == "step" else -1)
+            for name, values in state.moments.items()
+        }
+    )
+    weights.grad = torch.from_numpy((-mean_update / job.privacy.patients).astype(np.float32))
+    optimizer.step()
+    kept = {
+        name: value.detach().numpy().reshape(-1)
+        for name, value in optimizer.state[weights].items()
+        if isinstance(value, torch.Tensor)
+    }
+    return weights.detach().numpy(), kept
 
 
 def mean_site(by_site: Mapping[str, Metrics]) -> Metrics:

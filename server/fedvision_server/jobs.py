@@ -14,11 +14,13 @@ import dataclasses
 import logging
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedvision.config import Job
 from fedvision.errors import StorageError
@@ -26,6 +28,7 @@ from fedvision.storage import append_line, load_tensors, save_tensors, write_jso
 from fedvision.updates.layout import FloatVector, Layout
 
 logger = logging.getLogger(__name__)
+MOMENTS = "fedvision.moments."
 CHECKPOINT = re.compile(r"round-(\d{4,})\.safetensors")
 
 
@@ -38,12 +41,14 @@ class RunState:
         weights: Global weights after it, float32, shape (d,).
         best_round: The round whose model did best on validation, 0 if none was judged.
         best_value: Its headline metric on validation, mean over sites.
+        moments: Of the server's optimiser, by name; none for a server that has none.
     """
 
     round: int
     weights: FloatVector = field(repr=False)
     best_round: int = 0
     best_value: float = -math.inf
+    moments: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
 
 
 class RunFolder:
@@ -78,7 +83,9 @@ class RunFolder:
             "best_round": str(state.best_round),
             "best_value": state.best_value.hex(),
         }
-        save_tensors(self.checkpoint(state.round), self._layout.split(state.weights), metadata)
+        tensors = self._layout.split(state.weights)
+        tensors |= {MOMENTS + name: values for name, values in state.moments.items()}
+        save_tensors(self.checkpoint(state.round), tensors, metadata)
         for path in self._checkpoints().values():
             if path not in (self.checkpoint(state.round), self.checkpoint(state.best_round)):
                 path.unlink(missing_ok=True)
@@ -106,11 +113,17 @@ class RunFolder:
             )
         try:
             parts = [np.asarray(tensors[name], np.float32).ravel() for name in self._layout.shapes]
+            moments = {
+                name.removeprefix(MOMENTS): np.asarray(values, np.float32)
+                for name, values in tensors.items()
+                if name.startswith(MOMENTS)
+            }
             return RunState(
                 int(metadata["round"]),
                 np.concatenate(parts),
                 int(metadata["best_round"]),
                 float.fromhex(metadata["best_value"]),
+                moments,
             )
         except (KeyError, ValueError):
             raise StorageError(f"{path} is damaged") from None
@@ -147,9 +160,14 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def advance(state: RunState, weights: FloatVector, value: float | None) -> RunState:
+def advance(
+    state: RunState,
+    weights: FloatVector,
+    value: float | None,
+    moments: Mapping[str, NDArray[np.float32]] | None = None,
+) -> RunState:
     """Return the state after one more round; ``value`` is its validation headline, None if not judged."""
-    following = dataclasses.replace(state, round=state.round + 1, weights=weights)
+    following = dataclasses.replace(state, round=state.round + 1, weights=weights, moments=moments or {})
     if value is not None and not math.isnan(value) and value > state.best_value:
         return dataclasses.replace(following, best_round=following.round, best_value=value)
     return following

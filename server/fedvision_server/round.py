@@ -150,14 +150,14 @@ def one_round(federation: Federation, state: RunState) -> RunState:
         federation.folder.save(following)
         return following
     mean_update = gathered.mean_update
-    weights = server_step(state.weights, mean_update, job)
+    weights, moments = server_step(state, mean_update, job)
     validation = value = at_root = None
     if number % job.evaluation.every == 0 or number == job.rounds:
         validation = validate(federation, number, weights)
         value = validation["mean_site"].get(task_module(job).HEADLINE) if validation else None
         at_root = federation.root_score(weights) if federation.root_score else None
         value = lower(value, at_root)
-    following = advance(state, weights, value)
+    following = advance(state, weights, value, moments)
     event = {
         "event": "round",
         "round": number,
@@ -195,7 +195,7 @@ class Gathered:
         mean_update: float64, shape (d,).
         num_sites: How many sites' updates are in it.
         level: The level of secure aggregation, "off" without it.
-        train_loss: Weighted mean over sites; None where it was sent by each site.
+        train_loss: Weighted mean over sites; None where it was sent by each site, or by none.
         sum_seconds: Wall time that hiding the updates took, after training.
     """
 
@@ -244,7 +244,8 @@ def secure_update(federation: Federation, state: RunState) -> Gathered:
     if decoded.is_weight_moved:
         federation.tell({"event": "weight", "round": number, "reason": "a site lied about its weight"})
     secure.count_as_done()
-    return Gathered(decoded.mean_update, len(found.sites), found.level, decoded.metrics[0], found.seconds)
+    loss = None if job.privacy.is_on else decoded.metrics[0]
+    return Gathered(decoded.mean_update, len(found.sites), found.level, loss, found.seconds)
 
 
 def clear_update(federation: Federation, state: RunState) -> Gathered:

@@ -212,7 +212,7 @@ def leaving(job: Job, charter: Charter | None) -> str:
         "length and how like the other updates it is. ",
         "gram": "For each sum the server learns the update's length and how like the other updates it is. ",
     }[charter.level]
-    least = max(charter.smallest_cohort, charter.threshold)
+    least = charter.quorum
     megabytes = ROUND_BYTES * charter.size / 1e6
     if "test_by_site" in charter.releases:
         test = (

@@ -9,6 +9,7 @@
     jobs/<16 hex of the job's digest>/      state of one job
     decisions/<job digest>.json             what was asked and decided
     audit.jsonl
+    privacy-ledger.jsonl        what private jobs have cost the patients
 
 Folders of keys are 0700 and private keys 0600. ``SiteHome`` names paths only; it makes and reads nothing.
 """
@@ -167,6 +168,11 @@ class SiteHome:
     def decisions(self) -> Path:
         """Folder of what was asked of this site, and what it decided."""
         return self.root / "decisions"
+
+    @property
+    def ledger(self) -> Path:
+        """What the patients have spent, over all jobs."""
+        return self.root / "privacy-ledger.jsonl"
 
     @property
     def audit(self) -> Path:

@@ -8,6 +8,7 @@ The section ``[policy]`` of ``site.toml`` loads into one frozen ``Policy``. Rule
 - Hours do not refuse a job: outside of them it waits.
 """
 
+import math
 import re
 import zoneinfo
 from collections.abc import Iterator
@@ -70,6 +71,10 @@ def _a_zone(name: str) -> str:
     return name
 
 
+Limit = Annotated[float, Field(gt=0, allow_inf_nan=True)]
+"""An epsilon; inf for no limit."""
+
+
 class Policy(Section):
     """What may run at this site. Without a key its default holds."""
 
@@ -117,7 +122,15 @@ class Policy(Section):
     )
     least_noise_multiplier: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="least noise in clip norms; this version adds none, so above 0 every job is refused",
+        description="least `privacy.noise_multiplier` of a job; above 0 a job without privacy is refused",
+    )
+    largest_epsilon: Limit = Field(
+        math.inf,
+        description="most that a data set's patients may spend over all jobs, if secure aggregation holds; a "
+        "job that would pass it is refused",
+    )
+    largest_epsilon_alone: Limit = Field(
+        math.inf, description="the same if secure aggregation fails: with this site's own noise alone"
     )
     governance: tuple[Annotated[str, AfterValidator(_a_key)], ...] = Field(
         (),
@@ -349,7 +362,7 @@ def _protection(policy: Policy, job: Job, charter: Charter | None) -> Iterator[F
             "the job releases this site's own sums of test statistics",
             "they must not be released",
         )
-    noise = 0.0 if charter is None else charter.noise_multiplier
+    noise = job.privacy.noise_multiplier if job.privacy.is_on else 0.0
     if noise < policy.least_noise_multiplier:
         yield _finding(
             "least-noise-multiplier",

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fedvision.config import Job
 from fedvision.errors import TrainingError
+from fedvision.privacy.noise import discrete_gaussian
 from fedvision.secagg.encoding import encode_statistics
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.schedule import Consortium
@@ -65,6 +66,37 @@ def release_update(before: FloatVector, after: FloatVector, job: Job) -> Release
         raise TrainingError("the weights are not finite after training", "lower training.learning_rate")
     logger.debug("update norm before clipping %.6g, clip norm %.6g", norm, clip_norm)
     return ReleasedUpdate(update, norm, min(1.0, clip_norm / norm) if norm > 0 else 1.0)
+
+
+def release_sum(vector: FloatVector, job: Job) -> ReleasedUpdate:
+    """Turn minus a sum of clipped gradients into the update that leaves the site, with noise: ``add_noise``.
+
+    Guarantee: finite, and an L2 norm of at most ``aggregation.clip_norm``. Shortening to a norm brings no two
+    vectors further apart, so one patient changes the update by ``privacy.clip_norm`` at most, as before.
+
+    Args:
+        vector: Shape (d,).
+        job: Sets the clip norm.
+    """
+    update, norm = clip_l2(vector, job.aggregation.clip_norm)
+    if not np.isfinite(norm):
+        raise TrainingError("a gradient is not finite", "lower training.learning_rate")
+    return ReleasedUpdate(update, norm, min(1.0, job.aggregation.clip_norm / norm) if norm > 0 else 1.0)
+
+
+def add_noise(vector: MaskVector, consortium: Consortium) -> MaskVector:
+    """Return an encoded update with this site's share of the charter's noise; weight and loss have none.
+
+    Guarantee: discrete Gaussian noise, drawn from the operating system, of standard deviation
+    ``noise_share`` patient clip norms on every coordinate of the update. With the noise of at least
+    ``num_honest`` such sites in a sum, that is ``noise_multiplier`` patient clip norms.
+    """
+    charter, encoding = consortium.charter, consortium.encoding
+    sigma = charter.noise_share * charter.patient_clip_norm / charter.clip_norm * encoding.scale
+    noise = discrete_gaussian(encoding.size, sigma)
+    noisy = vector.copy()
+    noisy[: encoding.size] += noise.astype(np.int32).view(np.uint32)
+    return noisy
 
 
 def release_statistics(

@@ -152,6 +152,11 @@ def check_charter(consortium: Consortium, job: Job, layout: Layout) -> None:
     ):
         if theirs != ours:
             raise ProtocolError(f"charter-{field_name}", f"{field_name} of the charter is not the job's")
+    noise = (0.0, 0.0)
+    if job.privacy.mode == "distributed":
+        noise = (job.privacy.clip_norm, job.privacy.noise_multiplier)
+    if (charter.patient_clip_norm, charter.noise_multiplier) != noise:
+        raise ProtocolError("charter-noise", "the noise of the charter is not the job's")
     try:
         colluding = colluding_for(job, len(charter.sites))
     except ConfigError:

@@ -24,6 +24,8 @@ from fedvision import __version__
 from fedvision.audit.log import AuditLog
 from fedvision.config import Section
 from fedvision.errors import ConfigError, FedvisionError, ProtocolError, StorageError
+from fedvision.privacy.ledger import Ledger
+from fedvision.privacy.ledger_lines import read_ledger
 from fedvision.secagg import certificates, documents, identity, issuing
 from fedvision.secagg.documents import Refused
 from fedvision.secagg.enrolling import (
@@ -37,7 +39,7 @@ from fedvision.secagg.enrolling import (
     sign_request,
     time_text,
 )
-from fedvision.secagg.identity import Identity, parse_public, public_line
+from fedvision.secagg.identity import Identity, parse_public, public_line, verify
 from fedvision.secagg.roster import Hex32, Roster, check_succession, load_roster, parse_signed
 from fedvision.storage import write_atomic, write_json, write_text
 from fedvision_sites.home import SiteHome
@@ -366,11 +368,19 @@ def _change_identity(home: SiteHome) -> None:
         log = AuditLog(home.audit, old, old.name)
         if not _is_handed_over(home, new):
             log.change_key(new)
+    _take_ledger_over(home, new)
     write_text(home.identity_pub, public_line(new.name, new.public) + "\n")
     home.next_identity.with_suffix(".pub").unlink(missing_ok=True)
     if home.next_node_key.exists():
         home.next_node_key.replace(home.node_key)
     home.next_identity.replace(home.identity)
+
+
+def _take_ledger_over(home: SiteHome, new: Identity) -> None:
+    """Let the new key go on with the privacy ledger: what patients have spent stays spent."""
+    last = next(reversed([*read_ledger(home.ledger)]), None) if home.ledger.exists() else None
+    if last is not None and last.line.key != new.public.hex():
+        Ledger(home.ledger, home.guard, new).take_over(bytes.fromhex(last.line.key), verify)
 
 
 def _is_handed_over(home: SiteHome, new: Identity) -> bool:

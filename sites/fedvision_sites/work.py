@@ -21,6 +21,9 @@ from fedvision.config import Job
 from fedvision.data.manifest import Case, Manifest, difference, load_manifest, pool_manifests
 from fedvision.data.readers import CaseStore, Sample
 from fedvision.errors import ConfigError, DataError, FedvisionError, MessageError, ProtocolError
+from fedvision.privacy.ledger import Ledger
+from fedvision.privacy.networks import check_private
+from fedvision.secagg import identity
 from fedvision.secagg.codec import decode
 from fedvision.secagg.masking import MaskVector
 from fedvision.secagg.messages import Documents, Purpose
@@ -29,6 +32,13 @@ from fedvision.storage import append_line, write_text
 from fedvision.tasks import CaseResult, task_module
 from fedvision.training.evaluation import evaluate
 from fedvision.training.loop import TrainingResult, train
+from fedvision.training.private import (
+    PrivateGradient,
+    crops_rng,
+    descent,
+    patients_of,
+    train_privately,
+)
 from fedvision.updates.layout import (
     flatten,
     float_tensors,
@@ -50,12 +60,15 @@ from fedvision.wire.messages import (
     TrainRequest,
     as_vector,
 )
+from fedvision_sites.budget import LEDGER, NO_LIMIT, Budget, check_budget, entry_of
 from fedvision_sites.preparation import Prepared, build, draw_examples, parse_sent_job
 from fedvision_sites.release import (
     ReleasedUpdate,
+    add_noise,
     encode_judgement,
     encode_update,
     release_statistics,
+    release_sum,
     release_update,
 )
 from fedvision_sites.secure import NOTHING, SecureConfig, SecureSite, enrol, read_documents
@@ -98,6 +111,7 @@ class SiteConfig:
         secure: Its keys for secure aggregation; None if it takes part in jobs without it only.
         decide: Is asked before anything of a job runs, and again at every request that has a job in it; must
             be hashable, as functions and bound methods are. None lets every job run.
+        budget: What its people allow to be spent on its patients.
     """
 
     name: str
@@ -108,6 +122,7 @@ class SiteConfig:
     resampling_seed: int = field(repr=False)
     secure: SecureConfig | None = None
     decide: Decide | None = None
+    budget: Budget = NO_LIMIT
 
 
 class Site:
@@ -119,6 +134,7 @@ class Site:
         self._prepared: tuple[str, Prepared] | None = None
         self._store: tuple[str, CaseStore] | None = None
         self._secure: dict[str, SecureSite] = {}
+        self._gradient: tuple[str, PrivateGradient] | None = None
 
     def answer(self, request: Request) -> Reply:
         """Do what is asked, or refuse with a code. Never raises a ``FedvisionError``."""
@@ -215,6 +231,11 @@ class Site:
                 request.documents.tobytes(),
             )
             save_documents(self.config.state, request.documents.tobytes())
+            if job.privacy.is_on:
+                documents = decode(request.documents.tobytes(), Documents)
+                charter = read_documents(documents, self._secure_config().governance).charter
+                check_private(prepared.network)
+                check_budget(self._ledger(), self.config.budget, job, charter, manifest)
         return HelloReply(request.job_digest, self.config.name, train, val, test, as_vector(enrolment))
 
     def _secure_config(self) -> SecureConfig:
@@ -273,8 +294,12 @@ class Site:
         consortium: Consortium,
         number: int,
     ) -> MaskVector:
-        """Return the input of a training sum, to be masked."""
-        return encode_update(released, num_cases, loss, job, consortium, (self.config.name, number))
+        """Return the input of a training sum, to be masked; of a private job without the loss, with noise."""
+        key = (self.config.name, number)
+        if not job.privacy.is_on:
+            return encode_update(released, num_cases, loss, job, consortium, key)
+        vector = encode_update(released, 1, 0.0, job, consortium, key)
+        return add_noise(vector, consortium) if job.privacy.mode == "distributed" else vector
 
     def _get_ready(
         self,
@@ -308,8 +333,13 @@ class Site:
         _, store = self._data(job)
         self._load(prepared, request.weights, request.round - 1)
         started = time.time()
-        result = train(prepared.network, job, store, cases, request.round, self.config.name, prepared.device)
-        released = release_update(request.weights, flatten(prepared.network, prepared.layout), job)
+        if job.privacy.is_on:
+            released, result = self._train_privately(request, prepared, cases)
+        else:
+            result = train(
+                prepared.network, job, store, cases, request.round, self.config.name, prepared.device
+            )
+            released = release_update(request.weights, flatten(prepared.network, prepared.layout), job)
         save_local(self.config.state, request.round, prepared.network, prepared.local)
         append_line(
             self.config.state / "log.jsonl",
@@ -326,6 +356,37 @@ class Site:
             },
         )
         return released, result
+
+    def _train_privately(
+        self, request: TrainRequest, prepared: Prepared, cases: Sequence[Case]
+    ) -> tuple[ReleasedUpdate, TrainingResult]:
+        """Do a round of a private job, which is in the ledger before; the weights of the round are loaded."""
+        job, name = prepared.job, self.config.name
+        manifest, store = self._data(job)
+        charter = self._secure_site(request.charter).consortium.charter
+        ledger = self._ledger()
+        with ledger.held():
+            check_budget(ledger, self.config.budget, job, charter, manifest)
+            receipt = ledger.reserve(entry_of(job, charter, manifest, request.round))
+        if receipt.warning:
+            logger.warning("%s", receipt.warning)
+        if self._gradient is None or self._gradient[0] != request.job_digest:
+            patients = patients_of(cases, job)
+            made = PrivateGradient(prepared.network, job, store, patients, prepared.device)
+            self._gradient = (request.job_digest, made)
+        gradient = self._gradient[1]
+        if job.privacy.mode == "local":
+            result = train_privately(gradient, request.round, name)
+            return release_update(request.weights, flatten(prepared.network, prepared.layout), job), result
+        started = time.perf_counter()
+        found = gradient.sum(crops_rng(job, request.round, name))
+        released = release_sum(descent(found.gradient, prepared.network, prepared.layout), job)
+        return released, TrainingResult(found.mean_loss, 1, time.perf_counter() - started)
+
+    def _ledger(self) -> Ledger:
+        secure = self._secure_config()
+        path = self.config.budget.ledger or self.config.state / LEDGER
+        return Ledger(path, secure.guard, identity.load(secure.identity))
 
     def _evaluate(self, request: EvaluateRequest, prepared: Prepared) -> EvaluateReply | SecureReply:
         job = prepared.job

@@ -42,6 +42,7 @@ from fedvision.wire.messages import (
     TrainRequest,
 )
 from fedvision.wire.records import pack, unpack
+from fedvision_sites.budget import Budget
 from fedvision_sites.decisions import Desk
 from fedvision_sites.fleet import Fleet
 from fedvision_sites.home import SiteHome, SiteSettings
@@ -155,7 +156,7 @@ class Worker:
         return self._site[1]
 
     def _config_for(self, digest: str) -> SiteConfig:
-        own = self._settings.site
+        own, policy = self._settings.site, self._settings.policy
         return SiteConfig(
             own.name,
             (own.data,),
@@ -165,6 +166,7 @@ class Worker:
             resampling_seed(self._home.keys / "resampling.seed"),
             SecureConfig(self._home.identity, self._governance, self._home.guard),
             self._decide,
+            Budget(self._home.ledger, policy.largest_epsilon, policy.largest_epsilon_alone),
         )
 
     def _decide(self, job: Job, documents: bytes, manifest: Manifest) -> str:

@@ -41,7 +41,7 @@ for number in range(job.rounds):
     for store, cases in stores:
         rng = numpy.random.default_rng(number)
         batches = case_batches(cases, job.training.batch_size, rng)
-        optimizer = make_optimizer(network, job, job.training.learning_rate)
+        optimizer = make_optimizer(network.parameters(), job, job.training.learning_rate)
         for _ in range(job.training.steps):
             batch = task.training_batch([store.load(case) for case in next(batches)], job, rng)
             optimizer.zero_grad(set_to_none=True)

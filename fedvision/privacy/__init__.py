@@ -1,0 +1,1 @@
+"""Privacy of patients: gradients clipped patient by patient, noise, what it adds up to, and the ledger."""
