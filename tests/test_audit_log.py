@@ -166,7 +166,7 @@ def test_every_kind_can_be_written(tmp_path: Path) -> None:
     for kind in sorted(KINDS - {"peer-head"}):
         log.append(kind)
     log.remember("utrecht", Head(3, b"\1" * 32), round=2)
-    assert verify_log(log.path, SERVER.public).count == len(KINDS) == 20
+    assert verify_log(log.path, SERVER.public).count == len(KINDS) == 22
 
 
 @many_files

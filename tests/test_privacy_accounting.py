@@ -388,3 +388,7 @@ def test_the_accountant_is_loaded_only_when_it_counts() -> None:
     code = "import sys, fedvision.privacy.accounting; print('dp_accounting' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
+
+
+def test_with_hardly_any_noise_every_patient_may_be_found() -> None:
+    assert largest_tpr([Mechanism(1.0, 0.2, 10)], 0.001) > 0.99

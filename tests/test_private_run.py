@@ -64,6 +64,12 @@ def test_a_local_run_promises_the_same_with_and_without_the_others(tmp_path: Pat
     assert one.epsilon == pytest.approx(row["epsilon"], rel=1e-6) and one.steps == 2
 
 
+def test_a_held_out_site_without_training_patients_takes_part(tmp_path: Path) -> None:
+    write_site(tmp_path / "data", "z", (0, 0, 2))
+    run = make_run(tmp_path, 3, rounds=1, data__held_out=["z"], **DISTRIBUTED)
+    assert (run / "test.json").exists() and not ledger_of(run, "z").exists()
+
+
 def secure(**changes: Any) -> dict[str, Any]:
     settings = {"aggregation__secure": True, "secure_aggregation__smallest_cohort": 5}
     return settings | {"secure_aggregation__level": "sum"} | changes

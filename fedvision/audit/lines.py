@@ -20,8 +20,8 @@ from fedvision.secagg.identity import is_sound
 FORMAT = 1
 KINDS = frozenset({
     "allow", "charter", "decision", "deny", "enrolment", "excluded", "expelled", "finished", "key-change",
-    "peer-head", "policy", "refused", "released", "revocation", "roster", "round-closed",
-    "round-opened", "started", "stopped", "submitted",
+    "peer-head", "policy", "privacy-reserved", "privacy-taken-over", "refused", "released", "revocation",
+    "roster", "round-closed", "round-opened", "started", "stopped", "submitted",
 })  # fmt: skip
 LABEL = b"fedvision/audit/v1"
 LARGEST_LINE = 1 << 16

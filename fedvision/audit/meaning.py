@@ -70,6 +70,11 @@ class Meaning:
                 "all parties."
             )
         lines.append("That a site trained honestly on patients' images: its input is its own word.")
+        if self.claims.job.privacy.is_on:
+            lines.append(
+                "That sites drew, clipped and added noise as promised: that is each site's word, and "
+                "its ledger's."
+            )
         lines.append("That a site which is not in a sum was really absent.")
         blind = "validation sums" if self.consortium.charter.level == "sketch" else "sums"
         lines.append(

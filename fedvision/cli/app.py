@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from fedvision.cli import attack, compare, data, init, keys, privacy, simulate, verify
+from fedvision.cli import attack, audit, compare, data, init, keys, privacy, release, simulate, verify
 from fedvision.cli.program import paragraphs, run_app, version_option
 
 HELP = """Federated learning for medical imaging: simulate a federation of hospitals on this machine.
@@ -23,6 +23,8 @@ Start with [bold]fedvision simulate --demo[/], which needs no data. With your ow
   [bold]fedvision compare[/]       local-only, pooled and federated training side by side
   [bold]fedvision attack[/]        let malicious sites in and measure what they do, and what the defence does
   [bold]fedvision verify[/]        check the signatures and the arithmetic of a finished run again
+  [bold]fedvision audit[/]         attack a finished model: can somebody tell who trained it?
+  [bold]fedvision release[/]       write the finished model with a model card, signed; or check a release
   [bold]fedvision privacy[/]       what a job promises to each patient, and what a run has spent
   [bold]fedvision keys[/]          identities, and the signed list of who takes part
 """
@@ -45,6 +47,8 @@ app.command("report", help=paragraphs(simulate.report))(simulate.report)
 app.command("compare", help=paragraphs(compare.compare))(compare.compare)
 app.command("attack", help=paragraphs(attack.attack), epilog=attack.EPILOG)(attack.attack)
 app.command("verify", help=paragraphs(verify.verify), epilog=verify.EPILOG)(verify.verify)
+app.command("audit", help=paragraphs(audit.audit), epilog=audit.EPILOG)(audit.audit)
+app.command("release", help=paragraphs(release.release), epilog=release.EPILOG)(release.release)
 app.callback()(version_option)
 
 

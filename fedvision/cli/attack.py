@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from fedvision.cli.program import table_console
 from fedvision.config import Job, load_job, parse_job
 from fedvision.errors import ConfigError, Stopped
 
@@ -115,7 +115,7 @@ def attack(
     except (Stopped, KeyboardInterrupt):
         raise Stopped("stopped; what was finished is kept", "run the same command again to go on") from None
     page = write_matrix(folder)
-    Console().print(matrix_table(result))
+    table_console().print(matrix_table(result))
     typer.echo(f"page: {page}")
 
 
@@ -182,4 +182,4 @@ def _print_attacks() -> None:
     table = Table("attack", "kind", "what it does", "source", box=None, pad_edge=False)
     for one in ATTACKS.values():
         table.add_row(one.name, one.kind, one.text, one.source)
-    Console(highlight=False).print(table)
+    table_console().print(table)

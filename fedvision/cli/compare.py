@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from fedvision.cli.program import table_console
 from fedvision.config import load_job
 from fedvision.errors import Stopped
 
@@ -54,6 +55,6 @@ def compare(
     except (Stopped, KeyboardInterrupt):
         raise Stopped("stopped; what was finished is kept", "run the same command again to go on") from None
     result = read_json(folder / "compare.json")
-    Console().print(comparison_table(result))
+    table_console().print(comparison_table(result))
     typer.echo(result["finding"])
     typer.echo(f"comparison: {page}")

@@ -274,7 +274,21 @@ def _print_charter(charter: "Charter", roster: "Roster") -> None:
         typer.echo(f"{key:24}{text or 'none'}")
     typer.echo(
         f"\nThese rules hide an update from the server and up to {charter.max_colluding} sites that help "
-        "it. They add no noise: there is no differential privacy."
+        f"it. {_noise_words(charter)}"
+    )
+
+
+def _noise_words(charter: "Charter") -> str:
+    """Say what a charter promises to patients."""
+    if charter.noise_multiplier:
+        return (
+            f"Any sum has noise of at least {charter.noise_multiplier:g} times what one patient can add "
+            f"(norm {charter.patient_clip_norm:g}), of {charter.num_honest} honest sites; `fedvision privacy "
+            "plan` says what that is worth to a patient."
+        )
+    return (
+        "They add no noise to the sums: nothing is promised to patients, but for what the job's sites do "
+        '(privacy.mode = "local").'
     )
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from fedvision.cli.program import table_console
 from fedvision.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ def spent(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("data set", "rounds", "epsilon", "if aggregation fails", "at delta", "entries", box=None)
+    table = Table("data set", "rounds", "epsilon", "if aggregation fails", "at delta", box=None)
     for row in rows:
         table.add_row(*(_shown(row[key]) for key in row))
-    Console(highlight=False).print(table)
+    table_console().print(table)
 
 
 def _print_promises(found: "list[Promise]") -> None:
@@ -106,7 +106,7 @@ def _print_promises(found: "list[Promise]") -> None:
             f"{one.epsilon_alone:.3g}",
             f"{one.delta:.2g}",
         )
-    Console(highlight=False).print(table)
+    table_console().print(table)
 
 
 def _shown(value: Any) -> str:

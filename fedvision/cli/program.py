@@ -23,6 +23,11 @@ TELEPHONE = """Call {owner} on a number that you had before, not one that came w
 the eight groups from their own screen, you read along. If one differs, it is another key: do not use it."""
 
 
+def table_console() -> Console:
+    """Return where tables are printed: as wide as the terminal, and wide enough where there is none."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)

@@ -247,7 +247,8 @@ def largest_tpr(mechanisms: Sequence[Mechanism], fpr: float) -> float:
     if together is None:
         return 1.0
     deltas = together.get_delta_for_epsilon(_EPSILONS)
-    return min(bound_on_tpr(x, float(delta), fpr) for x, delta in zip(_EPSILONS, deltas, strict=True))
+    # With little noise a delta comes out a little above 1.
+    return min(bound_on_tpr(x, min(1.0, float(d)), fpr) for x, d in zip(_EPSILONS, deltas, strict=True))
 
 
 def two_epsilons(mechanisms: Sequence[Mechanism], honest: int, delta: float) -> tuple[float, float]:

@@ -129,7 +129,7 @@ class Ledger:
         self._threads, self._depth = threading.RLock(), 0
         self._last: Read | None = None
         self._entries: list[tuple[str, Entry]] = []
-        self._rounds: dict[tuple[str, int], tuple[int, Entry]] = {}
+        self._rounds: dict[tuple[str, int], tuple[Read, Entry]] = {}
         self._seen: object = None
 
     @contextlib.contextmanager
@@ -159,16 +159,23 @@ class Ledger:
             known = self._rounds.get((entry.job, entry.round))
             if known is None:
                 return Receipt(self._append(entry), True, warning)
-            number, before = known
+            line, before = known
             changed = [key for key in Entry.model_fields if getattr(before, key) != getattr(entry, key)]
             if changed:
                 raise PrivacyError(
                     "privacy-reserved",
                     f"round {entry.round} of this job was reserved before with another {', '.join(changed)}, "
-                    f"line {number} of the privacy ledger",
+                    f"line {line.line.number} of the privacy ledger",
                     "a round cannot change between two attempts; the job goes on with the next round",
                 )
-            return Receipt(number, False, warning)
+            return Receipt(line.line.number, False, warning)
+
+    def first_of(self, job: str) -> tuple[int, str] | None:
+        """Return number and digest of the line that reserved a job's first round; None if there is none."""
+        with self.held():
+            found = (read for (other, _), (read, _) in self._rounds.items() if other == job)
+            first = next(found, None)
+        return (first.line.number, first.digest.hex()) if first else None
 
     def mechanisms(self, data_set: str, group: str = ALL, case: Case = "broken") -> list[Mechanism]:
         """Return what the patients of a group have spent, one mechanism for each pair of parameters.
@@ -272,6 +279,12 @@ class Ledger:
                 marked = mark.number if mark else None
                 return self._append(TakenOver(key_before=key_before.hex(), marked=marked))
 
+    @property
+    def is_marked(self) -> bool:
+        """Whether the marks know a line: then a ledger that is not there is missing."""
+        mark = self._mark()
+        return mark is not None and mark.number > 0
+
     def _steps(self, data_set: str, group: str, case: Case) -> Steps:
         with self.held():
             return steps_of((one for _, one in self._entries), data_set, group, case)
@@ -350,7 +363,7 @@ class Ledger:
         self._last, content = one, one.line.content
         if isinstance(content, Entry):
             self._entries.append((one.line.time, content))
-            self._rounds[content.job, content.round] = (one.line.number, content)
+            self._rounds[content.job, content.round] = (one, content)
 
     def _append(self, content: Entry | TakenOver) -> int:
         """Write, flush and mark a line after the last; return its number."""

@@ -153,6 +153,19 @@ def verify(path: Path, public_key: bytes, check_signature: CheckSignature) -> in
     return last.number
 
 
+def checked_entries(path: Path, check_signature: CheckSignature) -> list[Entry]:
+    """Return the entries of a ledger, after every line was checked; whose keys they are is not.
+
+    Raises:
+        StorageError: The file cannot be read.
+        VerificationError: It names file, line and what is wrong.
+    """
+    lines = [read.line for read in read_ledger(path)]
+    if lines:
+        verify(path, bytes.fromhex(lines[-1].key), check_signature)
+    return [line.content for line in lines if isinstance(line.content, Entry)]
+
+
 def _parsed(path: Path, number: int, raw: bytes) -> Line:
     try:
         line = Line.model_validate_json(raw, strict=True)

@@ -11,7 +11,7 @@ Rules:
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -67,6 +67,26 @@ class Row(NamedTuple):
     last: str
 
 
+class Spent(NamedTuple):
+    """What the patients of a data set have spent.
+
+    Attributes:
+        data_set: Its name.
+        job: Digest of the job; "" for all together.
+        rounds: How many were reserved.
+        epsilon: At ``delta``, if secure aggregation holds.
+        epsilon_alone: If it fails.
+        delta: The smallest of those that the jobs told.
+    """
+
+    data_set: str
+    job: str
+    rounds: int
+    epsilon: float
+    epsilon_alone: float
+    delta: float
+
+
 def steps_of(entries: Iterable[Entry], data_set: str, group: str, case: Case) -> Steps:
     """Return the steps that the patients of a group took part in.
 
@@ -100,6 +120,19 @@ def epsilon(steps: Steps, delta: float, epsilon_of: EpsilonOf) -> float:
     if any(one.noise_multiplier == 0 for one in mechanisms):
         return math.inf
     return epsilon_of(mechanisms, delta) if mechanisms else 0.0
+
+
+def spent_by(entries: Iterable[Entry], epsilon_of: EpsilonOf, each_job: bool = False) -> list[Spent]:
+    """Return what each data set has spent, sorted by name; with ``each_job`` by each of its jobs alone."""
+    found: dict[tuple[str, str], list[Entry]] = {}
+    for one in entries:
+        found.setdefault((one.data_set, one.job if each_job else ""), []).append(one)
+    rows = []
+    for (data_set, job), own in sorted(found.items(), key=lambda item: item[0][0]):
+        delta = min(one.delta for one in own)
+        costs = [epsilon(steps_of(own, data_set, ALL, case), delta, epsilon_of) for case in get_args(Case)]
+        rows.append(Spent(data_set, job, len(own), costs[0], costs[1], delta))
+    return rows
 
 
 def table(entries: Iterable[tuple[str, Entry]]) -> list[Row]:

@@ -30,6 +30,7 @@ from fedvision.report.notation import (
     metric_text,
 )
 from fedvision.report.palette import DARK, LIGHT, render
+from fedvision.report.promise_section import promise_section
 from fedvision.report.protection import privacy_section, secure_section
 from fedvision.report.record import MEAN, POOLED, RunRecord, read_run
 from fedvision.report.repair import repair_section
@@ -91,6 +92,7 @@ def report_html(record: RunRecord) -> str:
         defence_section(record),
         repair_section(record),
         secure_section(record),
+        promise_section(record),
         privacy_section(record, record.num_parameters()),
         reproduce_section(record),
         tag(

@@ -13,6 +13,7 @@ _LEVELS = {
     "sketch": "the server learned the sum of the updates, and of each single one a random sketch",
     "gram": "the server learned the sum of the updates, and of each pair of them one inner product",
 }
+_PROMISED = "What that promises to patients is said above; validation and test results are without noise."
 _NAMED_SITES = 24
 _SLACK = 8
 """Per cent by which an update may pass the norm check: the square root of 1.16."""
@@ -111,10 +112,15 @@ def _protection(record: RunRecord) -> str:
             "nothing more."
         )
     level = record.agreement.charter.level
+    if record.job.privacy.mode == "distributed":
+        words = f"Aggregation: sums of clipped gradients with noise under masks, level {level}"
+        return f"{words}: {_LEVELS[level]}. {_PROMISED}"
+    words = f"Aggregation: FedAvg of clipped updates under masks, level {level}: {_LEVELS[level]}. "
+    if record.job.privacy.mode == "local":
+        return f"{words}Each site trains with noise. {_PROMISED}"
     return (
-        f"Aggregation: FedAvg of clipped updates under masks, level {level}: {_LEVELS[level]}. No noise is "
-        "added, so there is no differential privacy guarantee: the sums, and the model, may still say "
-        "something about the images."
+        f"{words}No noise is added, so there is no differential privacy guarantee: the sums, and the model, "
+        "may still say something about the images."
     )
 
 
@@ -123,8 +129,11 @@ def _kept(record: RunRecord) -> list[str]:
         "images, labels, file names, patient names",
         "results of single cases, and the pictures of them",
         "how large an update was before clipping",
-        "the state of the optimiser",
     ]
+    if record.job.privacy.mode != "distributed":
+        kept.append("the state of the optimiser")
+    if record.job.privacy.is_on:
+        kept.append("the training loss, which patients were drawn and how many, norms before clipping")
     return kept + (["the normalisation layers (FedBN)"] if record.job.model.local_normalisation else [])
 
 
@@ -143,9 +152,16 @@ def _hidden(record: RunRecord, agreement: Agreement, size: str) -> list[tuple[st
     """Return what the server saw and did not see, what sites kept, and what is not hidden."""
     charter = agreement.charter
     releases = "test_by_site" in charter.releases
+    is_private = record.job.privacy.is_on
+    what = "updates" if record.job.privacy.mode != "distributed" else "clipped gradients with noise"
     seen = [
-        f"every round the sum of the updates ({size}, each scaled to an L2 norm of at most "
-        f"{charter.clip_norm:g} and weighted), the mean of the training losses, and the sum of the weights",
+        f"every round the sum of the {what} ({size}, each scaled to an L2 norm of at most "
+        f"{charter.clip_norm:g}"
+        + (
+            "), every site counting the same, and how many sites are in it"
+            if is_private
+            else " and weighted), the mean of the training losses, and the sum of the weights"
+        ),
         "who was in each sum, who was not, and when a site answered",
         "after each judged round the validation results as a mean over sites and over all cases together",
         "whether a site has cases in each split",
@@ -159,6 +175,8 @@ def _hidden(record: RunRecord, agreement: Agreement, size: str) -> list[tuple[st
         words = "how long each update is and how alike any two are, from random sums of their coordinates "
         seen.insert(1, words + "that no party saw in one piece")
     unseen = ["the update, the training loss and the number of training cases of a single site"]
+    if is_private:
+        unseen = [f"the {what} of a single site, its number of training cases, and any training loss"]
     if charter.level != "sum" and charter.weight_cap > 1:
         seen[1] += ". Of a clipped update that length is its weight, so the number of training cases"
         unseen = ["the update and the training loss of a single site"]

@@ -173,7 +173,10 @@ def reproduce_section(record: RunRecord) -> Markup:
     job = record.job
     run = shlex.quote(record.folder.name)
     lines = (
-        (f"fedvision simulate {run}/job.toml --out again", "the same run"),
+        (
+            f"fedvision simulate {run}/job.toml --out again",
+            "the same job" if job.privacy.is_on else "the same run",
+        ),
         (f"fedvision simulate --resume {run}", "go on after an interruption"),
         (f"fedvision report {run}", "this page"),
         *([(f"fedvision verify {run}", "signatures and arithmetic")] if record.agreement else []),
@@ -184,10 +187,12 @@ def reproduce_section(record: RunRecord) -> Markup:
     if job.data is not None:
         data = job.data.model_copy(update={"root": job.data.root.name})
         job = job.model_copy(update={"data": data})
-    intro = (
-        f"Seed {job.seed}; the same machine, versions and number of threads give the same weights, bit for "
-        f"bit. Digest of the job: {job.digest()[:16]}."
+    same = (
+        "draws and noise come from the operating system, so the weights of another run differ"
+        if job.privacy.is_on
+        else "the same machine, versions and number of threads give the same weights, bit for bit"
     )
+    intro = f"Seed {job.seed}; {same}. Digest of the job: {job.digest()[:16]}."
     return section(
         "How to get it again",
         tag("pre", tag("code", commands)),

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedvision.config import load_job
 from fedvision.errors import ConfigError, VerificationError
 from fedvision.simulation.run import Engine, resume_plan, run_federation, start_run
 from fedvision.storage import read_lines
@@ -30,12 +31,17 @@ def train_again(folder: Path, observe: "Observer", engine: Engine = "flower") ->
         How many sums were compared.
 
     Raises:
-        ConfigError: The run cannot be repeated: sums were not kept, or sites were absent.
+        ConfigError: The run cannot be repeated: it is private, sums were not kept, or sites were absent.
         VerificationError: A sum comes out differently.
         FedvisionError: What went wrong in the new run.
     """
     if not (folder / "test.json").exists():
         raise ConfigError(f"{folder} is not finished", f"go on with `fedvision simulate --resume {folder}`")
+    if load_job(folder / "job.toml").privacy.is_on:
+        raise ConfigError(
+            "a private run cannot be trained again: draws and noise come from the operating system",
+            "without --full its signatures and arithmetic are checked",
+        )
     if any(record.get("event") in INCIDENTS for record in read_lines(folder / "rounds.jsonl")):
         raise ConfigError(
             f"{folder} cannot be repeated: a site was absent, failed or was expelled",

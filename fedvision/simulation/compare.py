@@ -10,6 +10,7 @@ what the data can give. Baselines are not clipped.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedvision.config import Job, load_job
+from fedvision.config import Job, PrivacySection, load_job
 from fedvision.errors import StorageError
 from fedvision.simulation.run import Engine, Plan, make_plan, run_federation, start_run
 from fedvision.storage import read_json, read_lines, write_json
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 POOLED = "pooled"
 UNCLIPPED_NORM = 1000.0
+MOST_RESTARTS = 20
 Watch = Callable[[str, Plan, Path], "AbstractContextManager[Observer]"]
 
 
@@ -68,7 +70,10 @@ def contenders(job: Job) -> list[Contender]:
 
 
 def baseline_job(job: Job, num_sites: int, times: int) -> Job:
-    """Return the job of a baseline: not clipped, no quorum, nothing to hide from a server.
+    """Return the job of a baseline: not clipped, no noise, no quorum, nothing to hide from a server.
+
+    Where a round of the federated job is one step of the server, a baseline takes as many steps in fewer
+    rounds: its optimiser begins anew in each.
 
     Args:
         job: The federated job.
@@ -80,10 +85,16 @@ def baseline_job(job: Job, num_sites: int, times: int) -> Job:
         training = training.model_copy(update={"steps": training.steps * times})
     elif training.epochs is not None:
         training = training.model_copy(update={"epochs": training.epochs * times / num_sites})
+    rounds, evaluation = job.rounds, job.evaluation
+    if job.privacy.mode == "distributed":
+        rounds = max(1, job.rounds // max(evaluation.every, math.ceil(job.rounds / MOST_RESTARTS)))
+        training = training.model_copy(update={"steps": round(job.rounds / rounds) * times})
+        evaluation = evaluation.model_copy(update={"every": 1})
     aggregation = job.aggregation.model_copy(
         update={"clip_norm": UNCLIPPED_NORM, "min_sites": 1, "secure": False}
     )
-    return job.model_copy(update={"training": training, "aggregation": aggregation})
+    sections = {"training": training, "aggregation": aggregation, "evaluation": evaluation}
+    return job.model_copy(update={**sections, "rounds": rounds, "privacy": PrivacySection()})
 
 
 def compare(job: Job, folder: Path, watch: Watch) -> Path:
@@ -151,7 +162,7 @@ def collect(job: Job, rows: list[Contender], folder: Path) -> dict[str, Any]:
         ]
         table.append(
             {
-                "model": row.name.replace("local-", "local: ", 1) if row.kind == "local" else row.name,
+                "model": model_name(row, job),
                 "kind": row.kind,
                 "site": row.site,
                 "test": cells["train"],
@@ -176,15 +187,28 @@ def collect(job: Job, rows: list[Contender], folder: Path) -> dict[str, Any]:
     }
 
 
+def model_name(row: Contender, job: Job) -> str:
+    """Return a contender's name for people; beside a private job it says what is not private."""
+    name = row.name.replace("local-", "local: ", 1) if row.kind == "local" else row.name
+    return name if row.kind == "federated" or not job.privacy.is_on else f"{name}, no privacy"
+
+
 def budget_text(job: Job, num_sites: int) -> str:
     """Say in words what every model was allowed."""
     length = (
         f"{job.training.steps} steps" if job.training.steps is not None else f"{job.training.epochs:g} epochs"
     )
+    private = (
+        "; only the federated model is trained with a promise to patients, the others are references "
+        "without privacy: no clipping of patients, no noise, batches of images instead of patients drawn by "
+        "chance"
+        if job.privacy.is_on
+        else ""
+    )
     return (
         f"{job.rounds} rounds of {length} at each of {num_sites} sites, batch {job.training.batch_size}; "
         f"a local and the pooled model take one site's steps, pooled-x{num_sites} those of all in a row; "
-        f"same initial weights, same splits, best round chosen on validation cases"
+        f"same initial weights, same splits, best round chosen on validation cases" + private
     )
 
 

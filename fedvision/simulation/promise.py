@@ -8,8 +8,8 @@ from typing import Any
 from fedvision.config import Job, parse_job
 from fedvision.errors import StorageError
 from fedvision.privacy.accounting import Mechanism, epsilon, noise_for, steps_for
-from fedvision.privacy.ledger_lines import read_ledger, verify
-from fedvision.privacy.spending import ALL, Entry, steps_of
+from fedvision.privacy.ledger_lines import checked_entries
+from fedvision.privacy.spending import spent_by
 from fedvision.secagg import identity
 from fedvision.simulation.run import choose_sites
 from fedvision.tasks import initial_network, local_names
@@ -110,27 +110,6 @@ def spent_of(ledger: Path) -> list[dict[str, Any]]:
     Raises:
         VerificationError: A line is not what the site wrote.
     """
-    lines = [read.line for read in read_ledger(ledger)]
-    if not lines:
-        return []
-    verify(ledger, bytes.fromhex(lines[-1].key), identity.verify)
-    entries = [line.content for line in lines if isinstance(line.content, Entry)]
-    rows = []
-    for name in sorted({entry.data_set for entry in entries}):
-        own = [entry for entry in entries if entry.data_set == name]
-        delta = min(entry.delta for entry in own)
-        costs = {}
-        for case in ("honest", "broken"):
-            steps = steps_of(own, name, ALL, case)
-            costs[case] = epsilon([Mechanism(rate, noise, n) for (rate, noise), n in steps.items()], delta)
-        rows.append(
-            {
-                "data_set": name,
-                "rounds": len(own),
-                "epsilon": costs["honest"],
-                "epsilon_alone": costs["broken"],
-                "delta": delta,
-                "entries": len(lines),
-            }
-        )
-    return rows
+    rows = spent_by(checked_entries(ledger, identity.verify), epsilon)
+    keys = ("data_set", "rounds", "epsilon", "epsilon_alone", "delta")
+    return [{key: getattr(row, key) for key in keys} for row in rows]

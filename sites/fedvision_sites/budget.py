@@ -12,7 +12,8 @@ Rules:
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedvision.config import Job
@@ -62,6 +63,52 @@ def entry_of(job: Job, charter: Charter, manifest: Manifest, number: int) -> Ent
         steps=private_steps(job, patients),
         delta=delta_of(job, patients),
     )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What all rounds of a job cost the patients of this site, had they spent nothing before.
+
+    Attributes:
+        epsilon: If secure aggregation holds.
+        epsilon_alone: If it fails.
+        delta: At which both hold.
+    """
+
+    epsilon: float
+    epsilon_alone: float
+    delta: float
+
+
+def planned_cost(job: Job, charter: Charter, manifest: Manifest) -> Cost:
+    """Return what a private job costs the patients of this site.
+
+    Raises:
+        ConfigError: The job's delta is too large for this site.
+    """
+    one = entry_of(job, charter, manifest, 1)
+    steps = one.steps * job.rounds
+    together, alone = (
+        epsilon([Mechanism(one.sampling_rate, noise, steps)], one.delta)
+        for noise in (one.noise_honest, one.noise_broken)
+    )
+    return Cost(together, alone, one.delta)
+
+
+def note_reserved(
+    log: Callable[..., None], first: tuple[int, str], job: Job, data_set: str, cost: Cost
+) -> None:
+    """Write into the audit log that a job begins to spend; after a crash the line may be there twice.
+
+    Args:
+        log: Of the audit log.
+        first: Number and digest of the line of the ledger that reserved its first round.
+        job: That reserved it.
+        data_set: Whose patients.
+        cost: Of all rounds; what has no bound is null.
+    """
+    known = {key: value if math.isfinite(value) else None for key, value in asdict(cost).items()}
+    log("privacy-reserved", job=job.digest(), data_set=data_set, line=first[0], digest=first[1], **known)
 
 
 def manifest_digest(manifest: Manifest) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from fedvision.cli import audit_log
 from fedvision.cli.program import paragraphs, run_app, version_option
-from fedvision_sites import commands_jobs, commands_run, commands_setup
+from fedvision_sites import commands_jobs, commands_privacy, commands_run, commands_setup
 
 HELP = """Take part in a federation: this site decides what runs here, and its images never leave it.
 
@@ -43,6 +43,7 @@ app.command("check", help=commands_setup.CHECK_HELP)(commands_setup.check)
 app.command("run", help=paragraphs(commands_run.run))(commands_run.run)
 for command in (commands_jobs.jobs, commands_jobs.allow, commands_jobs.deny):
     app.command(command.__name__, help=paragraphs(command))(command)
+app.command("privacy", help=paragraphs(commands_privacy.privacy))(commands_privacy.privacy)
 app.add_typer(audit_log.app, name="audit-log")
 app.callback()(version_option)
 

@@ -1,6 +1,7 @@
 """``fedvision-site jobs``, ``allow`` and ``deny``: what this site was asked to run, and its answer."""
 
 import json
+import math
 import textwrap
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -14,12 +15,14 @@ from rich.text import Text
 
 from fedvision.cli.program import note
 from fedvision.config import Job
-from fedvision.errors import StorageError
+from fedvision.data.manifest import load_manifest
+from fedvision.errors import FedvisionError, StorageError
 from fedvision.secagg.roster import Charter
 from fedvision.storage import read_lines
 from fedvision_sites import decisions
+from fedvision_sites.budget import planned_cost
 from fedvision_sites.decision_file import Record, find, whole_record
-from fedvision_sites.home import SiteHome
+from fedvision_sites.home import SiteHome, SiteSettings
 from fedvision_sites.policy import num_steps, references, shown
 
 WIDTH, SHOWN_DIGITS = 100, 12
@@ -51,7 +54,8 @@ def jobs(
         name = find(own.decisions, digest)
         found = whole_record(own.decisions, name)
         decision = decisions.judge(found, policy, now)
-        for line in _description(decision, found, _rounds_done(own, name)):
+        promise = _promise(found, own.settings())
+        for line in _description(decision, found, _rounds_done(own, name), promise):
             typer.echo(line)
         if full:
             typer.echo("\nEvery setting\n" + json.dumps(found.job.model_dump(mode="json"), indent=2))
@@ -149,7 +153,9 @@ def _time(when: datetime) -> str:
     return f"{when.astimezone():%Y-%m-%d %H:%M}"
 
 
-def _description(decision: decisions.Decision, record: Record, rounds_done: int) -> Iterator[str]:
+def _description(
+    decision: decisions.Decision, record: Record, rounds_done: int, promise: str
+) -> Iterator[str]:
     """Yield the lines of ``jobs DIGEST``."""
     job, charter, data = record.job, record.charter, record.data_set
     yield f"{job.name}  {record.job_digest}"
@@ -182,6 +188,9 @@ def _description(decision: decisions.Decision, record: Record, rounds_done: int)
         yield from _entry("roster", f"{record.roster_digest} of {record.roster.federation}")
     yield "\nWhat leaves this site"
     yield from _wrapped(leaving(job, charter), "  ")
+    if promise:
+        yield "\nWhat it costs the patients"
+        yield from _wrapped(promise, "  ")
     yield "\nWhat the policy says"
     if not decision.findings:
         yield "  nothing against it"
@@ -199,6 +208,10 @@ def leaving(job: Job, charter: Charter | None) -> str:
     judged = "each round" if evaluation.every == 1 else f"every {evaluation.every} rounds"
     resamples = f" with {evaluation.bootstrap} bootstrap resamples" if evaluation.bootstrap else ""
     never = "Never: images, labels, names of files and patients, results of single cases, texts of errors."
+    if job.privacy.is_on:
+        never = never.replace(
+            "texts of", "the training loss, which and how many patients were drawn, texts of"
+        )
     if charter is None or not job.aggregation.secure:
         return (
             f"In {rounds}: the clipped update of this site, its numbers of cases and steps, its mean "
@@ -222,11 +235,51 @@ def leaving(job: Job, charter: Charter | None) -> str:
     else:
         test = f"After the last round: sums of test statistics{resamples}, under a mask. "
     return (
-        f"In {rounds}, under a mask: the clipped update of this site ({megabytes:,.1f} MB), its mean "
-        f"training loss and its weight. The server learns their sums over at least {least} of "
+        f"In {rounds}, under a mask: {_trained(job, f'({megabytes:,.1f} MB)')}. The server learns their sums "
+        f"over at least {least} of "
         f"{len(charter.sites)} sites, and no single one. {level}Of validation {judged}: sums of "
         f"statistics, under a mask. {test}"
         f"Besides: for each split whether this site has cases, and when it answers. {never}"
+    )
+
+
+def _trained(job: Job, size: str) -> str:
+    """Return what a round of training puts under the mask."""
+    if job.privacy.mode == "distributed":
+        return (
+            f"the sum of the clipped gradients of patients drawn by chance {size}, with this site's share of "
+            "the noise, and the number 1"
+        )
+    if job.privacy.mode == "local":
+        return f"the clipped update of this site {size}, trained with noise at each step, and the number 1"
+    return f"the clipped update of this site {size}, its mean training loss and its weight"
+
+
+def _promise(record: Record, settings: SiteSettings) -> str:
+    """Return in one paragraph what a private job costs the patients here; "" for another job."""
+    job, charter = record.job, record.charter
+    if not job.privacy.is_on or charter is None:
+        return ""
+    try:
+        cost = planned_cost(job, charter, load_manifest(settings.site.data))
+    except FedvisionError as error:
+        return f"What the job costs them cannot be said: {error}."
+    policy = settings.policy
+    limits = [
+        f"{what} {value:g}"
+        for what, value in (
+            ("epsilon", policy.largest_epsilon),
+            ("epsilon if secure aggregation fails", policy.largest_epsilon_alone),
+        )
+        if math.isfinite(value)
+    ]
+    allowed = (
+        f"over all jobs this site allows {' and '.join(limits)}" if limits else "this site sets no limit"
+    )
+    return (
+        f"Epsilon {cost.epsilon:.3g} if secure aggregation holds, {cost.epsilon_alone:.3g} if it fails, at "
+        f"delta {cost.delta:.2g}, for all of its rounds and before what other jobs cost; {allowed}. "
+        "`fedvision-site privacy` says what was spent. The site refuses a job that would pass a limit."
     )
 
 

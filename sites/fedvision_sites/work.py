@@ -60,7 +60,15 @@ from fedvision.wire.messages import (
     TrainRequest,
     as_vector,
 )
-from fedvision_sites.budget import LEDGER, NO_LIMIT, Budget, check_budget, entry_of
+from fedvision_sites.budget import (
+    LEDGER,
+    NO_LIMIT,
+    Budget,
+    check_budget,
+    entry_of,
+    note_reserved,
+    planned_cost,
+)
 from fedvision_sites.preparation import Prepared, build, draw_examples, parse_sent_job
 from fedvision_sites.release import (
     ReleasedUpdate,
@@ -112,6 +120,7 @@ class SiteConfig:
         decide: Is asked before anything of a job runs, and again at every request that has a job in it; must
             be hashable, as functions and bound methods are. None lets every job run.
         budget: What its people allow to be spent on its patients.
+        log: Writes to the audit log; must be hashable. A simulated site has none.
     """
 
     name: str
@@ -123,6 +132,7 @@ class SiteConfig:
     secure: SecureConfig | None = None
     decide: Decide | None = None
     budget: Budget = NO_LIMIT
+    log: Callable[..., None] | None = None
 
 
 class Site:
@@ -231,7 +241,7 @@ class Site:
                 request.documents.tobytes(),
             )
             save_documents(self.config.state, request.documents.tobytes())
-            if job.privacy.is_on:
+            if job.privacy.is_on and train:
                 documents = decode(request.documents.tobytes(), Documents)
                 charter = read_documents(documents, self._secure_config().governance).charter
                 check_private(prepared.network)
@@ -368,6 +378,9 @@ class Site:
         with ledger.held():
             check_budget(ledger, self.config.budget, job, charter, manifest)
             receipt = ledger.reserve(entry_of(job, charter, manifest, request.round))
+            first = ledger.first_of(job.digest())
+        if self.config.log is not None and first is not None and first[0] == receipt.number:
+            note_reserved(self.config.log, first, job, manifest.site, planned_cost(job, charter, manifest))
         if receipt.warning:
             logger.warning("%s", receipt.warning)
         if self._gradient is None or self._gradient[0] != request.job_digest:

@@ -10,6 +10,7 @@ Rules:
 - A lost connection is made again, with growing pauses, for ever; a site is left running for months.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -75,7 +76,8 @@ class Worker:
         self._desk = Desk(home, self._governance, log.append)
         self._number_file = home.guard / "last-request.json"
         self._number = read_number(self._number_file)
-        self._site: tuple[str, Site] | None = None
+        self._site: Site | None = None
+        self._policy = settings.policy
         self._server_head = ""
         self._refused_at = -QUIET_S
         self._started = time.time()
@@ -149,14 +151,21 @@ class Worker:
             self._log.append("released", job=reply.job_digest, round=reply.round, what=f"{reply.split} sums")
 
     def _site_for(self, digest: str) -> Site:
-        if self._site is None or self._site[0] != digest:
-            if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-                raise MessageError("a job is named by 64 hexadecimal digits")
-            self._site = (digest, Site(self._config_for(digest)))
-        return self._site[1]
+        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise MessageError("a job is named by 64 hexadecimal digits")
+        config = self._config_for(digest)
+        if self._site is None or self._site.config != config:
+            self._site = Site(config)
+        return self._site
+
+    def _budget(self) -> Budget:
+        """Return the policy's limits as they are now; while they cannot be read, no job may run."""
+        with contextlib.suppress(FedvisionError):
+            self._policy = self._home.settings().policy
+        return Budget(self._home.ledger, self._policy.largest_epsilon, self._policy.largest_epsilon_alone)
 
     def _config_for(self, digest: str) -> SiteConfig:
-        own, policy = self._settings.site, self._settings.policy
+        own = self._settings.site
         return SiteConfig(
             own.name,
             (own.data,),
@@ -166,7 +175,8 @@ class Worker:
             resampling_seed(self._home.keys / "resampling.seed"),
             SecureConfig(self._home.identity, self._governance, self._home.guard),
             self._decide,
-            Budget(self._home.ledger, policy.largest_epsilon, policy.largest_epsilon_alone),
+            self._budget(),
+            self._log.append,
         )
 
     def _decide(self, job: Job, documents: bytes, manifest: Manifest) -> str:
