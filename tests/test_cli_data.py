@@ -245,7 +245,7 @@ def test_a_job_file_survives_every_kind_of_value() -> None:
         "data.root",
         "data.root_set",
     )
-    more = ("training.epochs", "training.gradient_clip", "secure_aggregation.weight_cap")
+    more = ("training.epochs", "training.gradient_clip", "secure_aggregation.weight_cap", "privacy.delta")
     examples = dict.fromkeys((*names, *more), 1.0)
     parsed = tomllib.loads(commented_job(content, examples))
     assert parsed["task"]["classes"] == content["task"]["classes"]  # type: ignore[index]

@@ -131,6 +131,7 @@ def _training(record: RunRecord) -> Card:
         "rounds_done": record.rounds_done,
         "rounds_thrown_away": sorted(n for n in record.incidents if record.thrown_away(n)),
         **{key: getattr(job.training, key) for key in chosen},
+        "patients": job.privacy.patients if job.privacy.is_on else None,
         "weighting": job.aggregation.weighting,
         "clip_norm": job.aggregation.clip_norm,
     }

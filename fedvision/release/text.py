@@ -211,12 +211,15 @@ def _value(found: Mapping[str, Any], name: str) -> str:
 def _training(card: Card) -> list[str]:
     found = card["training"]
     local = counted(found["steps"], "step") if found["steps"] else f"{found['epochs']:g} epochs"
+    drawn = f"batches of {found['batch_size']}"
+    if found["patients"] is not None:
+        drawn = f"{counted(found['patients'], 'patient')} drawn on average"
     lost = ", ".join(map(str, found["rounds_thrown_away"])) or "none"
     rows = [
         ("Rounds", f"{found['rounds_done']} of {found['rounds']}"),
         ("Kept", f"the model of round {card['model']['round']}"),
         ("Rounds thrown away", lost),
-        ("A round at a site", f"{local}, batches of {found['batch_size']}, {found['optimizer']}"),
+        ("A round at a site", f"{local}, {drawn}, {found['optimizer']}"),
         ("Learning rate", f"{found['learning_rate']:g}"),
         ("Loss", f"`{found['loss']}`"),
         ("Augmentation", found["augmentation"]),

@@ -9,6 +9,7 @@ Rules:
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -359,7 +360,7 @@ class Site:
                 "clip_norm": job.aggregation.clip_norm,
                 "share_kept": released.share_kept,
                 "is_clipped": released.share_kept < 1,
-                "train_loss": result.loss,
+                "train_loss": result.loss if math.isfinite(result.loss) else None,
                 "num_steps": result.num_steps,
                 "started": round(started, 3),
                 "seconds": round(result.seconds, 3),
