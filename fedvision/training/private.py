@@ -44,7 +44,7 @@ STEPS_OF_CLIP_NORM = 1 << 20
 """Fixed-point steps of a clip norm, to which a clipped sum is rounded before noise is added (``local``)."""
 MOST_IMAGES = 4
 """Images of one patient in a step; of more, so many are drawn."""
-TRIED, CHUNKS = 4, (1, 4)
+TRIED, CHUNKS = 8, (4, 8)
 """Patients with which engines and the sensitivity are tried, and how many of them at a time."""
 _chance = random.SystemRandom()
 

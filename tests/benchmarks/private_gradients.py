@@ -52,11 +52,7 @@ def with_opacus(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) 
         from opacus import GradSampleModule
     except ImportError:
         return None
-    try:
-        module = GradSampleModule(copy.deepcopy(network))
-    except Exception as error:  # what it raises depends on the layer
-        print(f"    opacus: {type(error).__name__}")
-        return None
+    module = GradSampleModule(copy.deepcopy(network))
 
     def run() -> None:
         for parameter in module.parameters():
@@ -67,6 +63,11 @@ def with_opacus(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) 
         factors = (1.0 / norms).clamp(max=1.0)
         _ = [factors @ part for part in parts]
 
+    try:
+        run()
+    except RuntimeError as error:
+        print(f"    opacus hooks refuse this network: {str(error)[:90]}")
+        return None
     return run
 
 
