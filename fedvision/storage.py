@@ -59,11 +59,39 @@ def write_atomic(path: Path, content: bytes | memoryview, mode: int = 0o644) -> 
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put on disk which files a folder has."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def append_durably(handle: int, content: bytes, end: int) -> None:
+    """Write at the end of an open file, cut what was unfinished there, and put it on disk.
+
+    Args:
+        handle: Open for reading and writing.
+        content: What is appended.
+        end: Where the last whole line ends.
+
+    Raises:
+        OSError: The disk is full; the file ends at ``end``.
+    """
+    try:
+        os.ftruncate(handle, end)
+        done = 0
+        while done < len(content):
+            done += os.pwrite(handle, content[done:], end + done)
+        os.fsync(handle)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(handle, end)
+        raise
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:

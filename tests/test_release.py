@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedvision.audit.membership import audit_folder
 from fedvision.cli.release import release
 from fedvision.config import Job, load_job, parse_job
 from fedvision.data.preprocessing import normalise_intensity
@@ -219,14 +220,13 @@ def test_wishes_that_contradict_each_other_are_refused(clear_run: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("failed", ["failed", {"passed": False, "reasons": ["AUC 0.81"]}, "inconclusive"])
+@pytest.mark.parametrize("failed", [{"passed": False, "reasons": ["AUC 0.81"]}, {"passed": "yes"}, {}])
 def test_a_model_that_failed_its_audit_needs_a_reason_which_the_card_shows(
     failed: Any, clear_run: Path, tmp_path: Path
 ) -> None:
-    write_json(
-        clear_run / "audit" / "audit.json",
-        {"format": 1, "verdict": failed, "attacks": [{"name": "LiRA", "auc": 0.81, "roc": {"tpr": [0.123]}}]},
-    )
+    found = {"format": 1, "verdict": failed, "model": {"sha256": sha256_of(clear_run / "model.safetensors")}}
+    found["attacks"] = [{"name": "LiRA", "auc": 0.81, "roc": {"tpr": [0.123]}}]
+    write_json(audit_folder(clear_run) / "audit.json", found)
     with pytest.raises(VerificationError, match="audit"):
         release(clear_run, tmp_path / "out")
     with pytest.raises(ConfigError, match="needs a reason"):
@@ -239,7 +239,7 @@ def test_a_model_that_failed_its_audit_needs_a_reason_which_the_card_shows(
     assert "because: open data anyway" in text and "LiRA: auc 0.81" in text
 
 
-@pytest.mark.parametrize("passed", ["passed", {"passed": True, "reasons": [], "notes": ["few patients"]}])
+@pytest.mark.parametrize("passed", [{"passed": True, "reasons": [], "notes": ["few patients"]}])
 def test_a_passed_audit_of_this_model_stands_in_the_card(
     passed: Any, clear_run: Path, tmp_path: Path
 ) -> None:
@@ -250,6 +250,12 @@ def test_a_passed_audit_of_this_model_stands_in_the_card(
     assert read_json(tmp_path / "out" / "card.json")["audit"]["verdict"] == "passed"
     write_json(path, {"format": 1, "verdict": passed, "attacks": [], "model": {"sha256": "0" * 64}})
     with pytest.raises(ConfigError, match="another model"):
+        release(clear_run, tmp_path / "out2", audit=path)
+    write_json(path, {"format": 1, "verdict": passed, "attacks": []})
+    with pytest.raises(ConfigError, match="another model"):
+        release(clear_run, tmp_path / "out2", audit=path)
+    write_json(path, {"format": 1, "verdict": "passed", "model": model})
+    with pytest.raises(ConfigError, match="a verdict"):
         release(clear_run, tmp_path / "out2", audit=path)
     write_json(path, {"format": 2, "verdict": passed})
     with pytest.raises(ConfigError, match="format 1"):

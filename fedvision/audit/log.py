@@ -54,6 +54,7 @@ from fedvision.audit.lines import (
 )
 from fedvision.errors import StorageError, VerificationError
 from fedvision.secagg.identity import Identity, verify
+from fedvision.storage import append_durably, sync_folder
 
 __all__ = [
     "EMPTY", "KINDS", "AuditLog", "Checked", "Entry", "Head", "check_log", "parts", "peer_heads", "read_log",
@@ -146,18 +147,11 @@ class AuditLog:
                 last, end = last_line(handle, self.path)
                 head = self._head(last, self.path) if last is not None else self._newest_part()
                 line = self._line(head, kind, fields)
-                try:
-                    os.ftruncate(handle, end)
-                    _write(handle, line + b"\n", end)
-                    os.fsync(handle)
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(handle, end)
-                    raise
+                append_durably(handle, line + b"\n", end)
             finally:
                 os.close(handle)
             if last is None:
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
 
     def _line(self, head: Head, kind: str, fields: Mapping[str, Value]) -> bytes:
         content: dict[str, Any] = {
@@ -218,20 +212,6 @@ def _locked(path: Path, how: int) -> Iterator[None]:
         ) from error
 
 
-def _write(handle: int, content: bytes, place: int) -> None:
-    done = 0
-    while done < len(content):
-        done += os.pwrite(handle, content[done:], place + done)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _numbered(path: Path) -> list[Path]:
     """Return the parts that ``rotate`` made, oldest first."""
     name = re.compile(re.escape(path.stem) + r"-([0-9]{4,})" + re.escape(path.suffix))
@@ -269,5 +249,5 @@ def rotate(path: Path) -> Path | None:
         number = int(before[-1].stem.rpartition("-")[2]) + 1 if before else 1
         new = path.with_name(f"{path.stem}-{number:04}{path.suffix}")
         path.rename(new)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return new

@@ -10,6 +10,7 @@ Legend of shapes: N patients, M shadow models. Losses are one number a patient a
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,11 @@ RESAMPLES = 1000
 OFFLINE_TERMS = (0.0, 0.3, 0.6, 0.9, 1.0)
 """The paper's a: 0 puts a patient's likelihood at large halfway to certainty, 1 leaves it as measured."""
 _LEAST_LOSS = 1e-6
+
+
+def audit_folder(run: Path) -> Path:
+    """Return where the audit of a run lies unless somebody says otherwise: beside the run, not in it."""
+    return run.with_name(f"{run.resolve().name}-audit")
 
 
 def confidence(losses: Values) -> Values:

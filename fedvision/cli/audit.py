@@ -56,10 +56,11 @@ def audit(
     Shadow models are kept: run the same command again to go on after an interruption. Exit status 1 if an
     attack finds more than the limits or the promise allow.
     """
+    from fedvision.audit.membership import audit_folder
     from fedvision.audit.membership_audit import Settings, audit_run
     from fedvision.audit.membership_report import write_page
     from fedvision.config import load_job
-    from fedvision.data.progress import progress_bar
+    from fedvision.data.progress import watched
     from fedvision.simulation.run import choose_sites
 
     if not (run / "job.toml").exists():
@@ -72,14 +73,9 @@ def audit(
         )
     manifests = {name: one for name, one in choose_sites(job).items() if name not in job.data.held_out}
     settings = Settings(shadows, shadow_steps, seed, most_auc, most_tpr)
-    folder = out or run.with_name(f"{run.resolve().name}-audit")
+    folder = out or audit_folder(run)
     try:
-        with progress_bar() as progress:
-            bar = progress.add_task("reading", total=None)
-
-            def watch(what: str, done: int, total: int) -> None:
-                progress.update(bar, description=what, completed=done, total=total)
-
+        with watched("reading") as watch:
             found = audit_run(run, job, manifests, claim_of(job), settings, folder, watch)
     except KeyboardInterrupt:
         raise Stopped(

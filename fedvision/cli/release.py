@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from fedvision.cli.program import note
+from fedvision.data.progress import watched
 from fedvision.errors import ConfigError, FedvisionError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def release(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Result of the model's audit (default: RUN/audit/audit.json, if there is one).",
+            help="Result of the model's audit (default: RUN-audit/audit.json, if there is one).",
             show_default=False,
         ),
     ] = None,
@@ -91,8 +91,6 @@ def release(
     assert run is not None
     if out is None:
         raise ConfigError("--out FOLDER is missing", "the folder that the release is written to")
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
     from fedvision.cli.key_files import party
     from fedvision.config import load_job
     from fedvision.release.card import USE
@@ -108,14 +106,7 @@ def release(
         with_bundle=bundle,
     )
     guarantee = guarantee_of(run, load_job(run / "job.toml"))
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("reading", total=None)
-
-        def watch(what: str, done: int, total: int) -> None:
-            progress.update(bar, description=what, completed=done, total=total)
-
+    with watched("reading") as watch:
         card = release_run(run, out, wishes, guarantee, watch)
     typer.echo(out)
     _notes(card, wishes.key)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from fedvision.data.progress import watched
 from fedvision.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -50,19 +51,11 @@ def verify(
 
     Exit status 1 if something does not hold: one line names the file and the rule.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
     from fedvision.audit.verify import verify_run
     from fedvision.cli.key_files import party
 
     console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("reading", total=None)
-
-        def watch(what: str, done: int, total: int) -> None:
-            progress.update(bar, description=what, completed=done, total=total)
-
+    with watched("reading") as watch:
         found = verify_run(run, None if governance is None else party(governance), watch)
     if full and found.failure is None:
         found = _with_training(found, console)

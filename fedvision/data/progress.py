@@ -1,12 +1,14 @@
 """A progress bar for work over many files: on stderr, and only where a person is looking."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 T = TypeVar("T")
+Watch = Callable[[str, int, int], None]
 
 
 def tracked(items: Iterable[T], what: str, total: int) -> Iterator[T]:
@@ -19,6 +21,22 @@ def tracked(items: Iterable[T], what: str, total: int) -> Iterator[T]:
     """
     with progress_bar() as progress:
         yield from progress.track(items, total=total, description=what)
+
+
+@contextmanager
+def watched(what: str) -> Iterator[Watch]:
+    """Give a function that is told what is done, how much of it, and how much there is; it shows a bar.
+
+    Args:
+        what: Shown until it is told something else.
+    """
+    with progress_bar() as progress:
+        bar = progress.add_task(what, total=None)
+
+        def watch(text: str, done: int, total: int) -> None:
+            progress.update(bar, description=text, completed=done, total=total)
+
+        yield watch
 
 
 def progress_bar() -> "Progress":

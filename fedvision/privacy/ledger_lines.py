@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from fedvision.config import PositiveInt, Section
 from fedvision.errors import StorageError, VerificationError
 from fedvision.privacy.spending import Entry, Hex32
+from fedvision.storage import append_durably, sync_folder
 
 FORMAT: Literal[1] = 1
 LABEL = b"fedvision/privacy-ledger/v1"
@@ -209,21 +210,9 @@ def write_line(path: Path, line: Line, end: int) -> Read:
     with explained(path, "write"):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(handle, end)
-            done = 0
-            while done < len(content):
-                done += os.pwrite(handle, content[done:], end + done)
-            os.fsync(handle)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(handle, end)
-            raise
+            append_durably(handle, content, end)
         finally:
             os.close(handle)
         if end == 0:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(path.parent)
     return Read(line, hashlib.sha256(raw).digest(), end + len(content))

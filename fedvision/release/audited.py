@@ -11,7 +11,7 @@ from typing import Any
 from fedvision.errors import ConfigError, VerificationError
 from fedvision.storage import read_json
 
-DEFAULT = Path("audit") / "audit.json"
+FILE_NAME = "audit.json"
 PASSED = "passed"
 
 
@@ -23,19 +23,17 @@ def read_audit(path: Path, model_sha256: str) -> dict[str, Any]:
         ConfigError: It is no audit, or one of another model.
     """
     found = read_json(path)
-    if not isinstance(found, dict) or found.get("format") != 1 or not found.get("verdict"):
+    if not isinstance(found, dict) or found.get("format") != 1 or not isinstance(found.get("verdict"), dict):
         raise ConfigError(
             f"{path}: expected format 1 and a verdict", "an audit.json that `fedvision audit` wrote"
         )
     model, verdict, attacks = found.get("model"), found["verdict"], found.get("attacks")
-    if isinstance(model, dict) and model.get("sha256", model_sha256) != model_sha256:
+    if not isinstance(model, dict) or model.get("sha256") != model_sha256:
         raise ConfigError(f"{path}: an audit of another model", "audit this run again")
-    more = verdict if isinstance(verdict, dict) else {}
-    has_passed = verdict == PASSED or more.get("passed") is True
     return {
-        "verdict": PASSED if has_passed else "failed",
-        "reasons": _texts(more.get("reasons")),
-        "notes": _texts(more.get("notes")),
+        "verdict": PASSED if verdict.get("passed") is True else "failed",
+        "reasons": _texts(verdict.get("reasons")),
+        "notes": _texts(verdict.get("notes")),
         "limits": found.get("limits"),
         "attacks": [_without_curve(one) for one in attacks] if isinstance(attacks, list) else [],
         "released_despite": None,

@@ -24,16 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedvision.audit.membership import audit_folder
 from fedvision.audit.verify import verify_run
 from fedvision.errors import StorageError
-from fedvision.release.audited import DEFAULT, allowed, read_audit
+from fedvision.release.audited import FILE_NAME, allowed, read_audit
 from fedvision.release.bundle import check_bundle, write_bundle
 from fedvision.release.card import USE, Card, Guarantee, Statement, card_of
 from fedvision.release.signing import sha256_of, write_manifest
 from fedvision.release.text import card_text
 from fedvision.report.record import read_run
 from fedvision.secagg.identity import Identity
-from fedvision.storage import write_atomic, write_json, write_text
+from fedvision.storage import sync_folder, write_atomic, write_json, write_text
 
 MODEL, CARD, CARD_TEXT, BUNDLE = "model.safetensors", "card.json", "MODEL_CARD.md", "bundle"
 Watch = Callable[[str, int, int], None]
@@ -119,7 +120,7 @@ def is_secure(run: Path, job_says: bool) -> bool:
 
 def _audit(run: Path, wishes: Wishes, digest: str) -> dict[str, Any] | None:
     """Return what the card says of the audit, where the model may be released."""
-    path = wishes.audit or run / DEFAULT
+    path = wishes.audit or audit_folder(run) / FILE_NAME
     there = wishes.audit is not None or path.exists()
     return allowed(read_audit(path, digest) if there else None, wishes.despite_audit, path)
 
@@ -149,22 +150,14 @@ def _whole(out: Path) -> Iterator[Path]:
             yield work
             for folder in (work, *(path for path in work.rglob("*") if path.is_dir())):
                 folder.chmod(0o755)
-                _flush(folder)
+                sync_folder(folder)
             _refuse_existing(out)
             work.rename(out)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        _flush(out.parent)
+        sync_folder(out.parent)
     except OSError as error:
         raise StorageError(
             f"cannot write {out}: {(error.strerror or str(error)).lower()}", "choose another --out"
         ) from None
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedvision.errors import StorageError
+from fedvision.storage import sync_folder
 
 PATIENCE_S = 30.0
 Migration = Callable[[sqlite3.Connection], None]
@@ -124,11 +125,7 @@ def _create(path: Path, schema: Schema) -> None:
     finally:
         for left in path.parent.glob(f"{Path(name).name}*"):
             left.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def _open_to_read(path: Path, schema: Schema) -> sqlite3.Connection:

@@ -234,3 +234,4 @@ def test_a_revoked_site_is_shut_out_and_comes_back_with_a_new_key(
     federation.start()
     job = federation.submit(seed=4, rounds=1)
     federation.wait(job)
+    assert federation.trainings(job)["site-5"] == [1]
