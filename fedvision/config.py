@@ -239,6 +239,9 @@ class DefenceSection(Section):
     )
 
 
+LARGEST_NOISE = 100
+
+
 class PrivacySection(Section):
     """What is promised to each patient whose images train (differential privacy). Becomes part of the signed
     charter; what a site has spent on its patients is in its own ledger."""
@@ -252,7 +255,7 @@ class PrivacySection(Section):
     clip_norm: Annotated[float, Field(gt=0)] = Field(
         1.0, description="largest L2 norm of one patient's gradient, all his images together"
     )
-    noise_multiplier: Annotated[float, Field(gt=0, le=100)] = Field(
+    noise_multiplier: Annotated[float, Field(gt=0, le=LARGEST_NOISE)] = Field(
         1.0,
         description="standard deviation of the noise in clip norms, in the sum over sites (distributed) or "
         "in each site's step (local); `fedvision privacy plan` finds it",

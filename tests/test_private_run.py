@@ -223,6 +223,12 @@ def test_the_commands_say_what_is_promised_and_what_was_spent(
     assert main(["privacy", "plan", str(tmp_path / "job.toml"), "--target-epsilon", "2"]) == 0
     out = capsys.readouterr().out
     assert "if aggregation fails" in out and "noise_multiplier = " in out
+    assert main(["privacy", "plan", str(tmp_path / "job.toml"), "--target-epsilon", "0.1"]) == 0
+    assert "with the noise of this job 0 rounds" in capsys.readouterr().out
+    content["privacy"]["delta"] = 1e-9
+    (tmp_path / "job.toml").write_text(tomli_w.dumps(content))
+    assert main(["privacy", "plan", str(tmp_path / "job.toml"), "--target-epsilon", "0.01"]) == 2
+    assert "would take a noise multiplier of" in capsys.readouterr().err
     content["privacy"]["mode"] = "off"
     (tmp_path / "job.toml").write_text(tomli_w.dumps(content))
     assert main(["privacy", "plan", str(tmp_path / "job.toml")]) == 2

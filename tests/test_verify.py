@@ -478,6 +478,10 @@ def test_without_stored_sums_only_signatures_are_checked_and_that_is_said(tmp_pa
     assert not any("byte for byte" in line for line in found.proves)
     another_model(run)
     assert failing(run).file == str(run / "model.safetensors")
+    write_json(run / "repair.json", {"format": 1, "is_changed": True})  # then it was never offered
+    assert any("What the repair did" in line for line in check(run).does_not_prove)
+    (run / "model.safetensors").write_bytes(b"half a file")
+    assert failing(run).rule == "format"
 
 
 class Killed(BaseException):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedvision.config import Job, parse_job
-from fedvision.errors import StorageError
+from fedvision.config import LARGEST_NOISE, Job, parse_job
+from fedvision.errors import ConfigError, StorageError
 from fedvision.privacy.accounting import Mechanism, epsilon, noise_for, steps_for
 from fedvision.privacy.ledger_lines import checked_entries
 from fedvision.privacy.spending import spent_by
@@ -76,13 +76,23 @@ def with_target(job: Job, found: list[Promise], target: float) -> dict[str, Any]
     inflation = max(
         job.privacy.noise_multiplier / one.noise for one in found
     )  # what rounding and the grid take away
+    needed = math.ceil(wanted * inflation * 1000) / 1000
+    if needed > LARGEST_NOISE:
+        raise ConfigError(
+            f"epsilon {target:g} would take a noise multiplier of {needed:g}, {LARGEST_NOISE:g} is the most",
+            "ask for a larger epsilon, fewer rounds, or fewer patients a draw (privacy.patients)",
+        )
     content = job.model_dump(mode="json", exclude_none=True)
-    content["privacy"]["noise_multiplier"] = math.ceil(wanted * inflation * 1000) / 1000
+    content["privacy"]["noise_multiplier"] = needed
     more = parse_job(content, "the job with more noise")
     reached = max(one.epsilon for one in promises(more))
-    rounds = min(
-        steps_for(target, one.delta, one.sampling_rate, one.noise) * job.rounds // one.steps for one in found
-    )
+    try:
+        rounds = min(
+            steps_for(target, one.delta, one.sampling_rate, one.noise) * job.rounds // one.steps
+            for one in found
+        )
+    except ConfigError:  # a single step costs more
+        rounds = 0
     return {
         "target_epsilon": target,
         "noise_multiplier": more.privacy.noise_multiplier,
